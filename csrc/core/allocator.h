@@ -1,0 +1,61 @@
+// Host memory: page-backed buffers (huge pages when large) and a bump allocator for scratch.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace qn {
+
+/// Anonymous, zero-filled memory straight from the kernel. Buffers of 2 MB and more are 2 MB aligned and ask for
+/// transparent huge pages, which the weight-streaming kernels need to reach the memory's bandwidth. Pages are
+/// committed on first touch, so a large reservation costs nothing until it is used.
+class HostBuffer {
+ public:
+  HostBuffer() = default;
+  explicit HostBuffer(size_t bytes, bool huge_pages = true);
+  ~HostBuffer();
+  HostBuffer(HostBuffer&& other) noexcept;
+  HostBuffer& operator=(HostBuffer&& other) noexcept;
+
+  void* data() const { return data_; }
+  size_t size() const { return size_; }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+  void* mapping_ = nullptr;
+  size_t mapping_size_ = 0;
+};
+
+/// Scratch memory of one forward step: allocations are 64-byte aligned and all released by reset(), which also
+/// merges the chunks so that a steady state allocates nothing.
+class Workspace {
+ public:
+  void* allocate(size_t bytes);
+  template <typename T>
+  T* allocate_array(int64_t count) {
+    return static_cast<T*>(allocate(static_cast<size_t>(count) * sizeof(T)));
+  }
+  void reset();
+
+  /// Releases everything allocated since construction when it goes out of scope.
+  class Scope {
+   public:
+    explicit Scope(Workspace& workspace);
+    ~Scope();
+    Scope(const Scope&) = delete;
+    Scope& operator=(const Scope&) = delete;
+
+   private:
+    Workspace& workspace_;
+    size_t chunk_;
+    size_t used_;
+  };
+
+ private:
+  std::vector<HostBuffer> chunks_;
+  size_t chunk_ = 0;  // index of the chunk in use
+  size_t used_ = 0;   // bytes used in it
+};
+
+}  // namespace qn

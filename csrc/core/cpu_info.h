@@ -1,0 +1,31 @@
+// What this host can run: instruction-set level (CPUID, operating-system state, AMX permission) and usable threads.
+#pragma once
+#include <string>
+
+namespace qn {
+
+/// Ordered levels; each is a bundle and includes the ones before it. Avx2 = AVX2 + FMA + F16C;
+/// Avx512 = F + BW + VL + DQ + VNNI; Amx = Avx512 + AVX512_BF16 + AMX tiles (int8, bf16).
+enum class Isa : int { Scalar, Avx2, Avx512, Amx };
+constexpr int kIsaCount = 4;
+
+const char* isa_name(Isa isa);
+
+/// Throws ArgumentError for a name that is not a level.
+Isa isa_from_name(const std::string& name);
+
+/// The highest level that this host can run; for Amx the process has asked the kernel for tile data once.
+Isa host_isa();
+
+/// How the number of threads was decided.
+struct ThreadBudget {
+  int affinity;        // CPUs this process may run on
+  int cores;           // distinct physical cores among them
+  int quota;           // CPUs' worth of time the cgroup grants, rounded down, at least 1; 0 = no limit
+  int override_value;  // QN_THREADS, 0 = not set
+  int threads;         // the decision
+};
+
+ThreadBudget thread_budget();
+
+}  // namespace qn

@@ -1,0 +1,30 @@
+// Vec: sixteen float lanes, whatever the level (one zmm, two ymm, or an array). Because the number of lanes never
+// changes, a kernel written with Vec has the same reduction order at every level, and a panel of sixteen weight rows
+// is one Vec everywhere.
+//
+//   Vec::load(p), load(p, n)   f32 or bf16 source; lanes n.. are zero     store(p), store(p, n)
+//   Vec::zero(), Vec(x)        broadcast                                  a + b, a - b, a * b, a / b
+//   fma(a, b, c) = a * b + c   max(a, b) (NaN in b wins)                  sum(a), max(a): over the lanes
+//   exp(a)                     <= 2 ulp on [-87.3, 88.7]; below gives 0, above inf; NaN stays NaN
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+#include "core/dtype.h"
+#include "kernels/scalar.h"
+
+#define QN_INLINE inline __attribute__((always_inline))
+
+#if QN_ISA_LEVEL >= 2
+#include "kernels/cpu/vec_avx512.h"
+#elif QN_ISA_LEVEL == 1
+#include "kernels/cpu/vec_avx2.h"
+#else
+#include "kernels/cpu/vec_scalar.h"
+#endif
+
+namespace qn::cpu::QN_ISA {
+
+QN_INLINE Vec silu(Vec x) { return x / (Vec(1.0f) + exp(Vec::zero() - x)); }
+
+}  // namespace qn::cpu::QN_ISA

@@ -1,0 +1,66 @@
+// Vec as an array of sixteen floats: the reference level, plain loops.
+#pragma once
+
+namespace qn::cpu::QN_ISA {
+
+struct Vec {
+  static constexpr int kLanes = 16;
+  float lane[kLanes];
+
+  Vec() = default;
+  explicit Vec(float x) {
+    for (float& l : lane) l = x;
+  }
+  static Vec zero() { return Vec(0.0f); }
+
+  static Vec load(const float* p) { return load(p, kLanes); }
+  static Vec load(const float* p, int n) {
+    Vec v = zero();
+    for (int i = 0; i < n; ++i) v.lane[i] = p[i];
+    return v;
+  }
+  static Vec load(const bf16* p) { return load(p, kLanes); }
+  static Vec load(const bf16* p, int n) {
+    Vec v = zero();
+    for (int i = 0; i < n; ++i) v.lane[i] = math::QN_ISA::bf16_to_float(p[i]);
+    return v;
+  }
+  void store(float* p) const { store(p, kLanes); }
+  void store(float* p, int n) const {
+    for (int i = 0; i < n; ++i) p[i] = lane[i];
+  }
+  void store(bf16* p) const { store(p, kLanes); }
+  void store(bf16* p, int n) const {
+    for (int i = 0; i < n; ++i) p[i] = math::QN_ISA::float_to_bf16(lane[i]);
+  }
+};
+
+#define QN_LANEWISE(expression)                          \
+  Vec r;                                                 \
+  for (int i = 0; i < Vec::kLanes; ++i) r.lane[i] = expression; \
+  return r
+
+QN_INLINE Vec operator+(Vec a, Vec b) { QN_LANEWISE(a.lane[i] + b.lane[i]); }
+QN_INLINE Vec operator-(Vec a, Vec b) { QN_LANEWISE(a.lane[i] - b.lane[i]); }
+QN_INLINE Vec operator*(Vec a, Vec b) { QN_LANEWISE(a.lane[i] * b.lane[i]); }
+QN_INLINE Vec operator/(Vec a, Vec b) { QN_LANEWISE(a.lane[i] / b.lane[i]); }
+QN_INLINE Vec fma(Vec a, Vec b, Vec c) { QN_LANEWISE(a.lane[i] * b.lane[i] + c.lane[i]); }
+QN_INLINE Vec max(Vec a, Vec b) { QN_LANEWISE(a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]); }
+QN_INLINE Vec exp(Vec a) { QN_LANEWISE(expf(a.lane[i])); }
+#undef QN_LANEWISE
+
+/// Pairwise over the lanes, in the order that the vector levels use.
+QN_INLINE float sum(Vec a) {
+  for (int half = Vec::kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) a.lane[i] += a.lane[i + half];
+  }
+  return a.lane[0];
+}
+
+QN_INLINE float max(Vec a) {
+  float m = a.lane[0];
+  for (int i = 1; i < Vec::kLanes; ++i) m = m > a.lane[i] ? m : a.lane[i];
+  return m;
+}
+
+}  // namespace qn::cpu::QN_ISA

@@ -1,0 +1,61 @@
+#include <pybind11/stl.h>
+
+#include <memory>
+
+#include "bindings.h"
+#include "core/cpu_info.h"
+#include "kernels/cpu/dispatch.h"
+
+namespace qn::python {
+
+namespace py = pybind11;
+
+namespace {
+
+struct OpThreads {
+  std::unique_ptr<ThreadPool> pool;
+  Workspace workspace;
+};
+
+OpThreads& op_threads() {
+  static OpThreads instance{std::make_unique<ThreadPool>(thread_budget().threads), {}};
+  return instance;
+}
+
+}  // namespace
+
+ExecContext op_context() {
+  OpThreads& threads = op_threads();
+  threads.workspace.reset();
+  return {*threads.pool, threads.workspace};
+}
+
+void register_core(py::module_& module) {
+  module.def("host_isa", [] { return isa_name(host_isa()); });
+  module.def("active_isa", [] { return isa_name(cpu::active_isa()); });
+  module.def("set_isa", [](const std::string& name) { cpu::set_active_isa(isa_from_name(name)); });
+  module.def("built_isas", [] {
+    std::vector<std::string> names;
+    for (Isa isa : cpu::built_isas()) names.emplace_back(isa_name(isa));
+    return names;
+  });
+  module.def("kernel_sources", [] {
+    py::dict sources;
+    for (const auto& [op, isa] : cpu::kernel_sources(cpu::active_isa())) sources[op.c_str()] = isa_name(isa);
+    return sources;
+  });
+  module.def("thread_budget", [] {
+    const ThreadBudget budget = thread_budget();
+    py::dict result;
+    result["affinity"] = budget.affinity;
+    result["cores"] = budget.cores;
+    result["quota"] = budget.quota;
+    result["override"] = budget.override_value;
+    result["threads"] = budget.threads;
+    return result;
+  });
+  module.def("set_op_threads", [](int threads) { op_threads().pool = std::make_unique<ThreadPool>(threads); });
+  module.def("op_threads", [] { return op_threads().pool->threads(); });
+}
+
+}  // namespace qn::python

@@ -1,0 +1,37 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen_native import ops
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("QN_SHARED", ROOT.parent / "shared"))
+
+
+@pytest.fixture(params=ops.available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once for every level that this host has."""
+    ops.set_isa(request.param)
+    yield request.param
+    ops.set_isa(ops.available_isas()[-1])
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(20230928)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder of data computed by independent implementations."""
+    folder = SHARED / "golden"
+    if not folder.is_dir():
+        pytest.skip(f"no golden data: {folder} is missing")
+    return folder
