@@ -41,7 +41,8 @@ void register_core(py::module_& module) {
   });
   module.def("kernel_sources", [] {
     py::dict sources;
-    for (const auto& [op, isa] : cpu::kernel_sources(cpu::active_isa())) sources[op.c_str()] = isa_name(isa);
+    for (const auto& [op, isa] : cpu::kernel_sources(cpu::active_isa()))
+      sources[op.c_str()] = isa_name(isa);
     return sources;
   });
   module.def("thread_budget", [] {
@@ -54,7 +55,8 @@ void register_core(py::module_& module) {
     result["threads"] = budget.threads;
     return result;
   });
-  module.def("set_op_threads", [](int threads) { op_threads().pool = std::make_unique<ThreadPool>(threads); });
+  module.def("set_op_threads",
+             [](int threads) { op_threads().pool = std::make_unique<ThreadPool>(threads); });
   module.def("op_threads", [] { return op_threads().pool->threads(); });
 }
 

@@ -11,10 +11,11 @@ namespace qn::python {
 namespace py = pybind11;
 
 void register_ops(py::module_& module) {
-  module.def("rms_norm", [](const PyTensor& out, const PyTensor& x, const PyTensor& weight, float eps,
-                            const std::optional<PyTensor>& residual) {
+  module.def("rms_norm", [](const PyTensor& out, const PyTensor& x, const PyTensor& weight,
+                            float eps, const std::optional<PyTensor>& residual) {
     py::gil_scoped_release unlocked;
-    ops::rms_norm(out.view, x.view, weight.view, eps, residual ? &residual->view : nullptr, op_context());
+    ops::rms_norm(out.view, x.view, weight.view, eps, residual ? &residual->view : nullptr,
+                  op_context());
   });
 }
 

@@ -1,4 +1,5 @@
-// What the binding files share: the registration functions and the process-wide execution context of bare ops.
+// What the binding files share: the registration functions and the process-wide execution context
+// of bare ops.
 #pragma once
 #include <pybind11/pybind11.h>
 

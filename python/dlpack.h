@@ -1,5 +1,5 @@
-// The DLPack ABI (version 0.8 and the unversioned capsule of 1.x): just the structs that a consumer needs.
-// https://dmlc.github.io/dlpack/latest/c_api.html
+// The DLPack ABI (version 0.8 and the unversioned capsule of 1.x): just the structs that a consumer
+// needs. https://dmlc.github.io/dlpack/latest/c_api.html
 #pragma once
 #include <cstdint>
 

@@ -1,5 +1,5 @@
-// Python arrays as TensorViews: numpy arrays by the buffer protocol, everything else (torch) by DLPack. The view stays
-// valid while the PyTensor lives.
+// Python arrays as TensorViews: numpy arrays by the buffer protocol, everything else (torch) by
+// DLPack. The view stays valid while the PyTensor lives.
 #pragma once
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -23,8 +23,8 @@ inline DType dtype_from_dlpack(DLDataType type) {
   if (type.lanes == 1 && type.code == kDLFloat && type.bits == 32) return DType::F32;
   if (type.lanes == 1 && type.code == kDLBfloat && type.bits == 16) return DType::BF16;
   if (type.lanes == 1 && type.code == kDLInt && type.bits == 32) return DType::I32;
-  throw ArgumentError(join_message("[tensor] dtype is DLPack code ", int{type.code}, " with ", int{type.bits},
-                                   " bits, expected float32, bfloat16 or int32"));
+  throw ArgumentError(join_message("[tensor] dtype is DLPack code ", int{type.code}, " with ",
+                                   int{type.bits}, " bits, expected float32, bfloat16 or int32"));
 }
 
 inline PyTensor tensor_from_numpy(const py::array& array) {
@@ -55,8 +55,8 @@ inline PyTensor tensor_from_dlpack(const py::object& object) {
   if (managed == nullptr) throw py::error_already_set();
   result.owner = capsule;  // an unconsumed capsule releases the tensor itself
   const DLTensor& tensor = managed->dl_tensor;
-  QN_CHECK(tensor.device.device_type == kDLCpu, "[tensor] device type is ", tensor.device.device_type,
-           ", expected the CPU");
+  QN_CHECK(tensor.device.device_type == kDLCpu, "[tensor] device type is ",
+           tensor.device.device_type, ", expected the CPU");
   QN_CHECK(tensor.ndim <= 4, "[tensor] rank is ", tensor.ndim, ", expected at most 4");
   result.view.dtype = dtype_from_dlpack(tensor.dtype);
   result.view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;

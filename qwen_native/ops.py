@@ -1,7 +1,8 @@
 """The engine's ops on numpy arrays or torch CPU tensors.
 
-Every function takes numpy float32 arrays or torch tensors (float32 or bfloat16; moved across by DLPack, without a
-copy) and returns an array of the same kind. They run on the active instruction-set level (`set_isa`).
+Every function takes numpy float32 arrays or torch tensors (float32 or bfloat16; moved across by
+DLPack, without a copy) and returns an array of the same kind. They run on the active
+instruction-set level (`set_isa`).
 """
 
 from __future__ import annotations

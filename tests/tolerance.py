@@ -1,7 +1,7 @@
 """When a kernel's result is accurate enough (docs/NUMERICS.md).
 
-`ref` is a float64 reference on the same rounded inputs; `base` is plain torch in the kernel's dtype. The limit is
-relative to what torch itself achieves, so that no test carries a hand-picked constant.
+`ref` is a float64 reference on the same rounded inputs; `base` is plain torch in the kernel's
+dtype. The limit is relative to what torch itself achieves: no test carries a hand-picked constant.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def ulp(ref: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def assert_pointwise(out: torch.Tensor, ref: torch.Tensor, base: torch.Tensor) -> None:
-    """Element-wise ops: at most twice torch's own worst error in ulps, and 2 ulps are always granted."""
+    """Element-wise ops: at most twice torch's own worst error in ulps; 2 ulps always pass."""
     assert out.shape == ref.shape == base.shape
     if ref.numel() == 0:
         return
@@ -39,7 +39,7 @@ def assert_pointwise(out: torch.Tensor, ref: torch.Tensor, base: torch.Tensor) -
 def assert_contraction(
     out: torch.Tensor, ref: torch.Tensor, base: torch.Tensor, factor: float = 2.0
 ) -> None:
-    """Sums of products: at most `factor` times torch's own error, in the maximum and in the mean square."""
+    """Sums of products: at most `factor` times torch's own error, in maximum and in mean square."""
     assert out.shape == ref.shape == base.shape
     if ref.numel() == 0:
         return
@@ -48,7 +48,8 @@ def assert_contraction(
     error, base_error = out.double() - ref, base.double() - ref
     size = ref.square().mean().sqrt().item()
     limit = factor * base_error.abs().max().item() + eps * size / 4
-    assert error.abs().max().item() <= limit, f"max error {error.abs().max().item():.3e}, limit {limit:.3e}"
+    largest = error.abs().max().item()
+    assert largest <= limit, f"max error {largest:.3e}, limit {limit:.3e}"
     rms = error.square().mean().sqrt().item()
     rms_limit = factor * base_error.square().mean().sqrt().item() + eps * size / 16
     assert rms <= rms_limit, f"rms error {rms:.3e}, limit {rms_limit:.3e}"

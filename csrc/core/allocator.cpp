@@ -13,7 +13,9 @@ namespace {
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kPage = 4096;
 
-size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+size_t round_up(size_t value, size_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 }  // namespace
 
@@ -21,7 +23,8 @@ HostBuffer::HostBuffer(size_t bytes, bool huge_pages) : size_(bytes) {
   if (bytes == 0) return;
   const bool huge = huge_pages && bytes >= kHugePage;
   mapping_size_ = huge ? round_up(bytes, kHugePage) + kHugePage : round_up(bytes, kPage);
-  mapping_ = mmap(nullptr, mapping_size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  mapping_ = mmap(nullptr, mapping_size_, PROT_READ | PROT_WRITE,
+                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapping_ == MAP_FAILED) {
     mapping_ = nullptr;
     QN_FAIL("[allocator] the system refused ", bytes, " bytes of memory");

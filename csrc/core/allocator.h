@@ -6,9 +6,10 @@
 
 namespace qn {
 
-/// Anonymous, zero-filled memory straight from the kernel. Buffers of 2 MB and more are 2 MB aligned and ask for
-/// transparent huge pages, which the weight-streaming kernels need to reach the memory's bandwidth. Pages are
-/// committed on first touch, so a large reservation costs nothing until it is used.
+/// Anonymous, zero-filled memory straight from the kernel. Buffers of 2 MB and more are 2 MB
+/// aligned and ask for transparent huge pages, which the weight-streaming kernels need to reach the
+/// memory's bandwidth. Pages are committed on first touch, so a large reservation costs nothing
+/// until it is used.
 class HostBuffer {
  public:
   HostBuffer() = default;
@@ -27,8 +28,8 @@ class HostBuffer {
   size_t mapping_size_ = 0;
 };
 
-/// Scratch memory of one forward step: allocations are 64-byte aligned and all released by reset(), which also
-/// merges the chunks so that a steady state allocates nothing.
+/// Scratch memory of one forward step: allocations are 64-byte aligned and all released by reset(),
+/// which also merges the chunks so that a steady state allocates nothing.
 class Workspace {
  public:
   void* allocate(size_t bytes);

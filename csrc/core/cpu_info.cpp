@@ -53,10 +53,12 @@ Isa detect() {
   constexpr int kOsxsave = 27, kFma = 12, kF16c = 29, kAvx = 28;
   if (!bit(leaf1.ecx, kOsxsave) || !bit(leaf1.ecx, kAvx)) return Isa::Scalar;
   const uint64_t xcr0 = enabled_xstate();
-  const bool avx2 = (xcr0 & 0x6) == 0x6 && bit(leaf1.ecx, kFma) && bit(leaf1.ecx, kF16c) && bit(leaf7.ebx, 5);
+  const bool avx2 =
+      (xcr0 & 0x6) == 0x6 && bit(leaf1.ecx, kFma) && bit(leaf1.ecx, kF16c) && bit(leaf7.ebx, 5);
   if (!avx2) return Isa::Scalar;
-  const bool avx512 = (xcr0 & 0xE6) == 0xE6 && bit(leaf7.ebx, 16) /* F */ && bit(leaf7.ebx, 17) /* DQ */ &&
-                      bit(leaf7.ebx, 30) /* BW */ && bit(leaf7.ebx, 31) /* VL */ && bit(leaf7.ecx, 11) /* VNNI */;
+  const bool avx512 = (xcr0 & 0xE6) == 0xE6 && bit(leaf7.ebx, 16) /* F */ &&
+                      bit(leaf7.ebx, 17) /* DQ */ && bit(leaf7.ebx, 30) /* BW */ &&
+                      bit(leaf7.ebx, 31) /* VL */ && bit(leaf7.ecx, 11) /* VNNI */;
   if (!avx512) return Isa::Avx2;
   constexpr uint64_t kTileState = (uint64_t{1} << 17) | (uint64_t{1} << 18);
   const bool amx = (xcr0 & kTileState) == kTileState && bit(leaf7_1.eax, 5) /* AVX512_BF16 */ &&
@@ -69,7 +71,8 @@ int count_cores(const cpu_set_t& affinity) {
   std::set<std::string> cores;
   for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
     if (!CPU_ISSET(cpu, &affinity)) continue;
-    std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
+    std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) +
+                       "/topology/thread_siblings_list");
     std::string siblings;
     if (!std::getline(file, siblings)) siblings = std::to_string(cpu);
     cores.insert(siblings);
@@ -77,11 +80,13 @@ int count_cores(const cpu_set_t& affinity) {
   return std::max<int>(1, static_cast<int>(cores.size()));
 }
 
-/// Whole CPUs granted by the tightest limit between this process's cgroup and the root; 0 = unlimited.
+/// Whole CPUs granted by the tightest limit between this process's cgroup and the root; 0 =
+/// unlimited.
 int cgroup_quota() {
   double limit = 0;
   const auto apply = [&](double quota, double period) {
-    if (quota > 0 && period > 0) limit = limit == 0 ? quota / period : std::min(limit, quota / period);
+    if (quota > 0 && period > 0)
+      limit = limit == 0 ? quota / period : std::min(limit, quota / period);
   };
   std::ifstream membership("/proc/self/cgroup");
   for (std::string line; std::getline(membership, line);) {

@@ -1,4 +1,5 @@
-// What this host can run: instruction-set level (CPUID, operating-system state, AMX permission) and usable threads.
+// What this host can run: instruction-set level (CPUID, operating-system state, AMX permission) and
+// usable threads.
 #pragma once
 #include <string>
 
@@ -14,14 +15,15 @@ const char* isa_name(Isa isa);
 /// Throws ArgumentError for a name that is not a level.
 Isa isa_from_name(const std::string& name);
 
-/// The highest level that this host can run; for Amx the process has asked the kernel for tile data once.
+/// The highest level that this host can run; for Amx the process has asked the kernel for tile data
+/// once.
 Isa host_isa();
 
 /// How the number of threads was decided.
 struct ThreadBudget {
-  int affinity;        // CPUs this process may run on
-  int cores;           // distinct physical cores among them
-  int quota;           // CPUs' worth of time the cgroup grants, rounded down, at least 1; 0 = no limit
+  int affinity;  // CPUs this process may run on
+  int cores;     // distinct physical cores among them
+  int quota;     // CPUs' worth of time the cgroup grants, rounded down, at least 1; 0 = no limit
   int override_value;  // QN_THREADS, 0 = not set
   int threads;         // the decision
 };

@@ -1,4 +1,4 @@
-// Element types of tensors. Plain enums and storage structs only: ISA-specific objects include this file.
+// Element types of tensors. Plain enums and storage structs only: ISA objects include this file.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>

@@ -19,8 +19,8 @@ std::optional<int> threads() {
   char* end = nullptr;
   errno = 0;
   const long count = std::strtol(value, &end, 10);
-  QN_CHECK(errno == 0 && *end == '\0' && count >= 1 && count <= 1024, "[env] QN_THREADS is '", value,
-           "', expected a number from 1 to 1024");
+  QN_CHECK(errno == 0 && *end == '\0' && count >= 1 && count <= 1024, "[env] QN_THREADS is '",
+           value, "', expected a number from 1 to 1024");
   return static_cast<int>(count);
 }
 

@@ -5,7 +5,8 @@
 
 namespace qn::env {
 
-/// QN_ISA: highest instruction-set level to use (scalar, avx2, avx512, amx). Default: the host's best.
+/// QN_ISA: highest instruction-set level to use (scalar, avx2, avx512, amx). Default: the host's
+/// best.
 std::optional<std::string> isa();
 
 /// QN_THREADS: number of threads, 1 to 1024. Default: affinity ∩ cgroup CPU quota ∩ physical cores.

@@ -28,8 +28,8 @@ std::string join_message(const Parts&... parts) {
 }  // namespace qn
 
 /// Messages say "[op] name is <actual>, expected <what>".
-#define QN_CHECK(condition, ...)                                             \
-  do {                                                                       \
+#define QN_CHECK(condition, ...)                                                  \
+  do {                                                                            \
     if (!(condition)) throw ::qn::ArgumentError(::qn::join_message(__VA_ARGS__)); \
   } while (false)
 

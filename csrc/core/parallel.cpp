@@ -13,8 +13,9 @@
 namespace qn {
 namespace {
 
-constexpr int kSpinPauses = 2000;       // about 30 to 90 microseconds
-constexpr int64_t kChunksPerThread = 4;  // enough to balance a disturbed core, few enough to keep long streams
+constexpr int kSpinPauses = 2000;  // about 30 to 90 microseconds
+constexpr int64_t kChunksPerThread =
+    4;  // enough to balance a disturbed core, few enough to keep long streams
 
 thread_local bool inside_region = false;
 
@@ -26,11 +27,13 @@ void watch_forks() {
 }
 
 void futex_wait(std::atomic<uint32_t>& word, uint32_t expected) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, expected, nullptr, nullptr, 0);
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, expected, nullptr,
+          nullptr, 0);
 }
 
 void futex_wake_all(std::atomic<uint32_t>& word) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr, nullptr, 0);
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr,
+          nullptr, 0);
 }
 
 /// Waits until `word` differs from `value`: spins first, then sleeps.

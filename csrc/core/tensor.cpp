@@ -35,7 +35,8 @@ bool TensorView::contiguous() const {
 
 TensorView TensorView::rows(int64_t begin, int64_t end) const {
   TensorView part = *this;
-  part.data = static_cast<char*>(data) + begin * stride[0] * static_cast<int64_t>(dtype_size(dtype));
+  part.data =
+      static_cast<char*>(data) + begin * stride[0] * static_cast<int64_t>(dtype_size(dtype));
   part.shape[0] = end - begin;
   return part;
 }

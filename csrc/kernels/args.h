@@ -1,4 +1,5 @@
-// One POD per kernel: pointers with their shapes, strides in elements. Ops fill and check these; kernels trust them.
+// One POD per kernel: pointers with their shapes, strides in elements. Ops fill and check these;
+// kernels trust them.
 #pragma once
 #include <stdint.h>
 

@@ -1,7 +1,9 @@
-// In-memory layouts of quantised weights, the same bytes at every level, on the CPU for GEMV, GEMM and gather alike.
+// In-memory layouts of quantised weights, the same bytes at every level, on the CPU for GEMV, GEMM
+// and gather alike.
 //
-// A weight [rows, cols] is cut into panels of 32 rows, a panel into groups of 32 columns. Rows and columns are padded
-// to whole panels and groups; padding has scale 0. A panel is its header followed by one block per group:
+// A weight [rows, cols] is cut into panels of 32 rows, a panel into groups of 32 columns. Rows and
+// columns are padded to whole panels and groups; padding has scale 0. A panel is its header
+// followed by one block per group:
 //
 //   Int8            header: none
 //                   block (1088 B): half scale[32]; uint8 code[2][8][16][4]
@@ -13,11 +15,12 @@
 //                   block (576 B): uint8 scale[32]; uint8 min[32]; uint8 codes[2][4][16][4]
 //                   weight = row_scale * scale * code - row_min * min
 //
-// Codes: [half of the panel: 16 rows][columns][row within the half][column within the dword], so that one 64-byte
-// vector holds one dword (4 columns at 8 bits) of sixteen rows: the operand of a VNNI dot product and a row of an AMX
-// B tile. At 4 bits a byte holds two codes: dword i, byte j = column 8i + j (low nibble) and 8i + 4 + j (high nibble).
-// Codes are stored unsigned: they are the unsigned operand of vpdpbusd / tdpbsud, activations the signed one, and the
-// offset (128 or 8) times the group's sum of activations is subtracted once per group.
+// Codes: [half of the panel: 16 rows][columns][row within the half][column within the dword], so
+// that one 64-byte vector holds one dword (4 columns at 8 bits) of sixteen rows: the operand of a
+// VNNI dot product and a row of an AMX B tile. At 4 bits a byte holds two codes: dword i, byte j =
+// column 8i + j (low nibble) and 8i + 4 + j (high nibble). Codes are stored unsigned: they are the
+// unsigned operand of vpdpbusd / tdpbsud, activations the signed one, and the offset (128 or 8)
+// times the group's sum of activations is subtracted once per group.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -38,7 +41,7 @@ constexpr int64_t kScaleBytes = 64;  // scales (and mins) at the start of a bloc
 struct PanelHeader {
   float row_scale[kPanelRows];
   float row_min[kPanelRows];
-  float fold_scale[kPanelRows];  // max |weight| of the row / 127: scale of the row when it is folded to int8 for AMX
+  float fold_scale[kPanelRows];  // max |weight| of the row / 127: its scale as int8 for AMX
 };
 
 /// A weight matrix; out = x W^T, so `rows` is the number of outputs.
@@ -68,6 +71,20 @@ constexpr int64_t panel_bytes(WeightFormat format, int64_t cols) {
 }
 
 /// Types of tensors in checkpoint files: plain floats and GGUF's blocks (ggml's names).
-enum class SourceType : uint8_t { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K };
+enum class SourceType : uint8_t {
+  F32,
+  F16,
+  BF16,
+  Q4_0,
+  Q4_1,
+  Q5_0,
+  Q5_1,
+  Q8_0,
+  Q2_K,
+  Q3_K,
+  Q4_K,
+  Q5_K,
+  Q6_K
+};
 
 }  // namespace qn

@@ -1,6 +1,6 @@
-// Scalar math shared by the CPU kernels' tails, the scalar level and (as host and device code) the CUDA kernels.
-// Everything sits in a namespace named after the ISA level, so that no inline function is shared between objects
-// that are compiled with different instruction sets.
+// Scalar math shared by the CPU kernels' tails, the scalar level and (as host and device code) the
+// CUDA kernels. Everything sits in a namespace named after the ISA level, so that no inline
+// function is shared between objects that are compiled with different instruction sets.
 #pragma once
 #include <math.h>
 #include <stdint.h>

@@ -11,16 +11,20 @@ inline void check_float(const char* op, const char* name, const TensorView& tens
 }
 
 inline void check_dense_rows(const char* op, const char* name, const TensorView& tensor) {
-  QN_CHECK(tensor.rank >= 1 && (tensor.shape[tensor.rank - 1] <= 1 || tensor.stride[tensor.rank - 1] == 1), "[", op,
-           "] ", name, " has stride ", tensor.rank >= 1 ? tensor.stride[tensor.rank - 1] : 0,
+  QN_CHECK(tensor.rank >= 1 &&
+               (tensor.shape[tensor.rank - 1] <= 1 || tensor.stride[tensor.rank - 1] == 1),
+           "[", op, "] ", name, " has stride ",
+           tensor.rank >= 1 ? tensor.stride[tensor.rank - 1] : 0,
            " along its last axis, expected 1");
 }
 
-inline void check_same_shape(const char* op, const char* name, const TensorView& tensor, const char* other_name,
-                             const TensorView& other) {
+inline void check_same_shape(const char* op, const char* name, const TensorView& tensor,
+                             const char* other_name, const TensorView& other) {
   bool same = tensor.rank == other.rank && tensor.dtype == other.dtype;
-  for (int axis = 0; same && axis < tensor.rank; ++axis) same = tensor.shape[axis] == other.shape[axis];
-  QN_CHECK(same, "[", op, "] ", name, " is ", tensor.describe(), ", expected ", other.describe(), " as ", other_name);
+  for (int axis = 0; same && axis < tensor.rank; ++axis)
+    same = tensor.shape[axis] == other.shape[axis];
+  QN_CHECK(same, "[", op, "] ", name, " is ", tensor.describe(), ", expected ", other.describe(),
+           " as ", other_name);
 }
 
 }  // namespace qn::ops

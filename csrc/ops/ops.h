@@ -1,5 +1,6 @@
-// Every op of the engine: checks its tensors, picks the kernel of the active level, splits the work over threads.
-// Destination first; `f32|bf16` means either. Shape or dtype mistakes throw ArgumentError.
+// Every op of the engine: checks its tensors, picks the kernel of the active level, splits the work
+// over threads. Destination first; `f32|bf16` means either. Shape or dtype mistakes throw
+// ArgumentError.
 #pragma once
 #include <cstdint>
 #include <span>
@@ -10,24 +11,27 @@
 
 namespace qn::ops {
 
-/// out = x / sqrt(mean(x^2, last axis) + eps) * weight. With `residual` (same shape as x): residual += x first, and the
-/// norm is taken of the sum. out may be x.
+/// out = x / sqrt(mean(x^2, last axis) + eps) * weight. With `residual` (same shape as x): residual
+/// += x first, and the norm is taken of the sum. out may be x.
 ///   out, x, residual [rows, cols] f32|bf16, last axis dense; weight [cols] f32|bf16
 void rms_norm(const TensorView& out, const TensorView& x, const TensorView& weight, float eps,
               const TensorView* residual, const ExecContext& context);
 
-/// Rotates the pairs (i, i + rope_dim / 2) of every head in place: (a, b) -> (a cos - b sin, b cos + a sin). Elements
-/// from rope_dim on stay as they are.
+/// Rotates the pairs (i, i + rope_dim / 2) of every head in place: (a, b) -> (a cos - b sin, b cos
+/// + a sin). Elements from rope_dim on stay as they are.
 ///   x [tokens, heads, head_dim] f32|bf16, last axis dense; cos, sin [tokens, rope_dim / 2] f32
-void rope(const TensorView& x, const TensorView& cos, const TensorView& sin, const ExecContext& context);
+void rope(const TensorView& x, const TensorView& cos, const TensorView& sin,
+          const ExecContext& context);
 
 /// out = gate * sigmoid(gate) * up.
 ///   out, gate, up [tokens, inter] f32|bf16, last axis dense; out may be gate or up
-void swiglu(const TensorView& out, const TensorView& gate, const TensorView& up, const ExecContext& context);
+void swiglu(const TensorView& out, const TensorView& gate, const TensorView& up,
+            const ExecContext& context);
 
 /// out[t] = row ids[t] of the table, dequantised. Ids outside [0, table.rows) throw.
 ///   out [tokens, table.cols] f32; ids [tokens] i32
-void gather(const TensorView& out, const TensorView& ids, const WeightView& table, const ExecContext& context);
+void gather(const TensorView& out, const TensorView& ids, const WeightView& table,
+            const ExecContext& context);
 
 /// Bytes of a weight in `format`.
 size_t weight_bytes(WeightFormat format, int64_t rows, int64_t cols);
@@ -35,11 +39,11 @@ size_t weight_bytes(WeightFormat format, int64_t rows, int64_t cols);
 /// Bytes of a tensor in a checkpoint; throws when cols is not a whole number of the type's blocks.
 size_t source_bytes(SourceType source, int64_t rows, int64_t cols);
 
-/// Packs rows [0, rows) of a checkpoint tensor into `out` (weight_bytes). Conversions that can be exact are: Q8_0, Q5_0
-/// and Q4_0 to Int8, Q4_0 to Int4Symmetric, everything to F32, BF16 to BF16. The others minimise the squared error by a
-/// search over scales.
-void pack_weight(void* out, WeightFormat format, int64_t rows, int64_t cols, SourceType source, const void* data,
-                 const ExecContext& context);
+/// Packs rows [0, rows) of a checkpoint tensor into `out` (weight_bytes). Conversions that can be
+/// exact are: Q8_0, Q5_0 and Q4_0 to Int8, Q4_0 to Int4Symmetric, everything to F32, BF16 to BF16.
+/// The others minimise the squared error by a search over scales.
+void pack_weight(void* out, WeightFormat format, int64_t rows, int64_t cols, SourceType source,
+                 const void* data, const ExecContext& context);
 
 /// Decodes a checkpoint tensor to float32: out [rows, cols].
 void decode_source(float* out, int64_t rows, int64_t cols, SourceType source, const void* data,
@@ -48,7 +52,8 @@ void decode_source(float* out, int64_t rows, int64_t cols, SourceType source, co
 /// Decodes a packed weight to float32: out [rows, cols].
 void unpack_weight(float* out, const WeightView& weight, const ExecContext& context);
 
-/// One weight of a linear layer; its result goes to columns [out_offset, out_offset + weight.rows) of out.
+/// One weight of a linear layer; its result goes to columns [out_offset, out_offset + weight.rows)
+/// of out.
 struct LinearSegment {
   WeightView weight;
   const float* bias;  // [weight.rows] or null
@@ -60,16 +65,18 @@ enum class Epilogue : uint8_t {
   Add,    // out += x W^T + bias (the residual stream)
 };
 
-/// Segments share x, which is quantised or converted once, and one parallel region. All segments have cols = x's cols.
-/// For F32, BF16 and Int8 weights the result of a row does not depend on the other rows, on `tokens` or on the number
-/// of threads, bit for bit; for the 4-bit formats that holds with `invariant`, without it larger batches take a faster
-/// kernel that rounds weights and activations to 8 bits per row.
+/// Segments share x, which is quantised or converted once, and one parallel region. All segments
+/// have cols = x's cols. For F32, BF16 and Int8 weights the result of a row does not depend on the
+/// other rows, on `tokens` or on the number of threads, bit for bit; for the 4-bit formats that
+/// holds with `invariant`, without it larger batches take a faster kernel that rounds weights and
+/// activations to 8 bits per row.
 ///   out [tokens, >= sum of rows] f32, x [tokens, cols] f32, last axes dense
-void linear(const TensorView& out, const TensorView& x, std::span<const LinearSegment> segments, Epilogue epilogue,
-            bool invariant, const ExecContext& context);
+void linear(const TensorView& out, const TensorView& x, std::span<const LinearSegment> segments,
+            Epilogue epilogue, bool invariant, const ExecContext& context);
 
-/// One layer's share of the paged KV cache. Page p of the pool starts at base + p * page_stride and holds the keys,
-/// then the values, of `page_tokens` tokens for every kv head (csrc/kernels/args.h gives the layout inside).
+/// One layer's share of the paged KV cache. Page p of the pool starts at base + p * page_stride and
+/// holds the keys, then the values, of `page_tokens` tokens for every kv head (csrc/kernels/args.h
+/// gives the layout inside).
 struct KvLayer {
   void* base;
   int64_t page_stride;  // bytes
@@ -83,17 +90,18 @@ size_t kv_page_bytes(int64_t page_tokens, int64_t num_kv_heads, int64_t head_dim
 
 /// The rows of one sequence within a step's batch.
 struct SequenceSpan {
-  int64_t query_begin;       // its first row in q, k, v and out
-  int64_t query_count;       // its rows, consecutive positions that end at kv_len
-  int64_t kv_len;            // tokens in the cache once this step's rows have been appended
-  const int32_t* page_table; // [ceil(kv_len / page_tokens)] page numbers
+  int64_t query_begin;        // its first row in q, k, v and out
+  int64_t query_count;        // its rows, consecutive positions that end at kv_len
+  int64_t kv_len;             // tokens in the cache once this step's rows have been appended
+  const int32_t* page_table;  // [ceil(kv_len / page_tokens)] page numbers
 };
 
-/// Writes k and v of every span's rows to their slots in the cache. A page's unused slots are zeroed when its first slot
-/// is written, so that stale values (or NaN) of an earlier owner cannot leak through a masked position.
+/// Writes k and v of every span's rows to their slots in the cache. A page's unused slots are
+/// zeroed when its first slot is written, so that stale values (or NaN) of an earlier owner cannot
+/// leak through a masked position.
 ///   k, v [tokens, num_kv_heads, head_dim] f32, last axis dense
-void kv_append(const KvLayer& layer, const TensorView& k, const TensorView& v, std::span<const SequenceSpan> spans,
-               const ExecContext& context);
+void kv_append(const KvLayer& layer, const TensorView& k, const TensorView& v,
+               std::span<const SequenceSpan> spans, const ExecContext& context);
 
 struct AttentionOptions {
   float scale;               // of the dot products, usually 1 / sqrt(head_dim)
@@ -101,12 +109,14 @@ struct AttentionOptions {
   const float* query_scale;  // [tokens] extra factor of each query (LogN), or null
 };
 
-/// Causal softmax(scale * q k^T) v over the cache. The row at position p of its sequence sees the keys
-/// max(0, p + 1 - window) .. p. Heads share kv heads in consecutive groups. The result of a row depends on its own
-/// query and keys only, bit for bit: not on the batch, the chunk it came in, or the number of threads.
+/// Causal softmax(scale * q k^T) v over the cache. The row at position p of its sequence sees the
+/// keys max(0, p + 1 - window) .. p. Heads share kv heads in consecutive groups. The result of a
+/// row depends on its own query and keys only, bit for bit: not on the batch, the chunk it came in,
+/// or the number of threads.
 ///   out, q [tokens, num_heads, head_dim] f32, last axis dense
-void attention(const TensorView& out, const TensorView& q, const KvLayer& layer, std::span<const SequenceSpan> spans,
-               const AttentionOptions& options, const ExecContext& context);
+void attention(const TensorView& out, const TensorView& q, const KvLayer& layer,
+               std::span<const SequenceSpan> spans, const AttentionOptions& options,
+               const ExecContext& context);
 
 /// Index of the largest element, the first one of equals; NaN never wins. x [n] f32, n > 0.
 int64_t argmax(const TensorView& x, const ExecContext& context);

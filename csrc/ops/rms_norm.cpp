@@ -13,8 +13,9 @@ void rms_norm(const TensorView& out, const TensorView& x, const TensorView& weig
   check_same_shape(kOp, "out", out, "x", x);
   check_dense_rows(kOp, "x", x);
   check_dense_rows(kOp, "out", out);
-  QN_CHECK(weight.rank == 1 && weight.contiguous() && weight.shape[0] == x.shape[1], "[rms_norm] weight is ",
-           weight.describe(), ", expected ", x.shape[1], " dense elements");
+  QN_CHECK(weight.rank == 1 && weight.contiguous() && weight.shape[0] == x.shape[1],
+           "[rms_norm] weight is ", weight.describe(), ", expected ", x.shape[1],
+           " dense elements");
   if (residual != nullptr) {
     check_same_shape(kOp, "residual", *residual, "x", x);
     check_dense_rows(kOp, "residual", *residual);

@@ -10,15 +10,23 @@
 
 namespace qn::cpu {
 
-namespace scalar { void fill(CpuKernels&); }
+namespace scalar {
+void fill(CpuKernels&);
+}
 #ifdef QN_HAVE_AVX2
-namespace avx2 { void fill(CpuKernels&); }
+namespace avx2 {
+void fill(CpuKernels&);
+}
 #endif
 #ifdef QN_HAVE_AVX512
-namespace avx512 { void fill(CpuKernels&); }
+namespace avx512 {
+void fill(CpuKernels&);
+}
 #endif
 #ifdef QN_HAVE_AMX
-namespace amx { void fill(CpuKernels&); }
+namespace amx {
+void fill(CpuKernels&);
+}
 #endif
 
 namespace {
@@ -82,8 +90,8 @@ struct Active {
   }
 
   static void check_available(Isa wanted) {
-    QN_CHECK(wanted <= host_isa(), "[isa] level ", isa_name(wanted), " was asked for, but this host supports at most ",
-             isa_name(host_isa()));
+    QN_CHECK(wanted <= host_isa(), "[isa] level ", isa_name(wanted),
+             " was asked for, but this host supports at most ", isa_name(host_isa()));
     QN_CHECK(kFills[static_cast<int>(wanted)] != nullptr, "[isa] level ", isa_name(wanted),
              " was asked for, but the compiler that built this library could not produce it");
   }
@@ -96,7 +104,9 @@ Active& active() {
 
 }  // namespace
 
-const CpuKernels& active_cpu_kernels() { return active().tables[active().level.load(std::memory_order_relaxed)]; }
+const CpuKernels& active_cpu_kernels() {
+  return active().tables[active().level.load(std::memory_order_relaxed)];
+}
 
 Isa active_isa() { return static_cast<Isa>(active().level.load()); }
 

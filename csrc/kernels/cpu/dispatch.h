@@ -13,8 +13,8 @@ namespace qn::cpu {
 const CpuKernels& active_cpu_kernels();
 Isa active_isa();
 
-/// Switches the level of the whole process (tests and benchmarks); throws ArgumentError when the host or the build
-/// does not have it. Not to be called while a forward step runs.
+/// Switches the level of the whole process (tests and benchmarks); throws ArgumentError when the
+/// host or the build does not have it. Not to be called while a forward step runs.
 void set_active_isa(Isa isa);
 
 /// Levels compiled into this library, ascending.

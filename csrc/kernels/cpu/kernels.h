@@ -1,5 +1,5 @@
-// The CPU kernels of one level as a table of function pointers. A kernel works on rows or tiles [begin, end) of what
-// its args describe; it starts no threads, allocates nothing and cannot fail.
+// The CPU kernels of one level as a table of function pointers. A kernel works on rows or tiles
+// [begin, end) of what its args describe; it starts no threads, allocates nothing and cannot fail.
 #pragma once
 #include <stdint.h>
 

@@ -1,9 +1,9 @@
 // RMSNorm: out = x / sqrt(mean(x^2) + eps) * weight, optionally after residual += x.
 //
 //   x, out, residual [rows, cols] f32 or bf16; weight [cols] f32 or bf16
-//   accumulation: float32 in four Vecs of sixteen lanes, reduced pairwise; one rounding, at the store
-//   levels: all (Vec); with a residual the row is read twice, the second time from L1
-//   bytes per row: 2 * cols * sizeof(T), with a residual 4 * cols * sizeof(T)
+//   accumulation: float32 in four Vecs of sixteen lanes, reduced pairwise; one rounding, at the
+//   store levels: all (Vec); with a residual the row is read twice, the second time from L1 bytes
+//   per row: 2 * cols * sizeof(T), with a residual 4 * cols * sizeof(T)
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/vec.h"
 
@@ -18,7 +18,8 @@ QN_INLINE float sum_of_squares(const T* x, T* residual, int64_t cols) {
   Vec acc[kUnroll] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
   const T* source = residual != nullptr ? residual : x;
   const auto add = [&](int64_t i, int n, Vec& total) {
-    if (residual != nullptr) (Vec::load(residual + i, n) + Vec::load(x + i, n)).store(residual + i, n);
+    if (residual != nullptr)
+      (Vec::load(residual + i, n) + Vec::load(x + i, n)).store(residual + i, n);
     const Vec v = Vec::load(source + i, n);
     total = fma(v, v, total);
   };
@@ -38,7 +39,8 @@ void rms_norm_rows(const RmsNormArgs& a, int64_t begin, int64_t end) {
   const W* weight = static_cast<const W*>(a.weight);
   for (int64_t row = begin; row < end; ++row) {
     const T* x = static_cast<const T*>(a.x) + row * a.x_stride;
-    T* residual = a.residual != nullptr ? static_cast<T*>(a.residual) + row * a.residual_stride : nullptr;
+    T* residual =
+        a.residual != nullptr ? static_cast<T*>(a.residual) + row * a.residual_stride : nullptr;
     T* out = static_cast<T*>(a.out) + row * a.out_stride;
     const float mean = sum_of_squares(x, residual, a.cols) / static_cast<float>(a.cols);
     const Vec scale(1.0f / sqrtf(mean + a.eps));

@@ -1,10 +1,14 @@
-// Vec: sixteen float lanes, whatever the level (one zmm, two ymm, or an array). Because the number of lanes never
-// changes, a kernel written with Vec has the same reduction order at every level, and a panel of sixteen weight rows
-// is one Vec everywhere.
+// Vec: sixteen float lanes, whatever the level (one zmm, two ymm, or an array). Because the number
+// of lanes never changes, a kernel written with Vec has the same reduction order at every level,
+// and a panel of sixteen weight rows is one Vec everywhere.
 //
-//   Vec::load(p), load(p, n)   f32 or bf16 source; lanes n.. are zero     store(p), store(p, n)
-//   Vec::zero(), Vec(x)        broadcast                                  a + b, a - b, a * b, a / b
-//   fma(a, b, c) = a * b + c   max(a, b) (NaN in b wins)                  sum(a), max(a): over the lanes
+//   Vec::load(p), load(p, n)   f32 or bf16 source; lanes n.. are zero
+//   store(p), store(p, n)      the other way; bf16 rounds to nearest even
+//   Vec::zero(), Vec(x)        broadcast
+//   a + b, a - b, a * b, a / b
+//   fma(a, b, c)               a * b + c
+//   max(a, b)                  NaN in b wins
+//   sum(a), max(a)             over the lanes
 //   exp(a)                     <= 2 ulp on [-87.3, 88.7]; below gives 0, above inf; NaN stays NaN
 #pragma once
 #include <stddef.h>

@@ -1,5 +1,5 @@
-// Vec as one zmm register (AVX-512 F/BW/VL/DQ). bf16 conversion is done with integers: the level does not have
-// AVX512_BF16, and the result must not depend on whether the host does.
+// Vec as one zmm register (AVX-512 F/BW/VL/DQ). bf16 conversion is done with integers: the level
+// does not have AVX512_BF16, and the result must not depend on whether the host does.
 #pragma once
 #include <immintrin.h>
 
@@ -20,10 +20,14 @@ struct Vec {
   static QN_INLINE Vec load(const bf16* p) {
     return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
-  static QN_INLINE Vec load(const bf16* p, int n) { return widen(_mm256_maskz_loadu_epi16(first(n), p)); }
+  static QN_INLINE Vec load(const bf16* p, int n) {
+    return widen(_mm256_maskz_loadu_epi16(first(n), p));
+  }
   QN_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
   QN_INLINE void store(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
-  QN_INLINE void store(bf16* p) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v)); }
+  QN_INLINE void store(bf16* p) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v));
+  }
   QN_INLINE void store(bf16* p, int n) const { _mm256_mask_storeu_epi16(p, first(n), narrow(v)); }
 
  private:
@@ -34,10 +38,12 @@ struct Vec {
   static QN_INLINE __m256i narrow(__m512 x) {
     const __m512i bits = _mm512_castps_si512(x);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i rounded =
+        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
     const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, is_nan, quiet), 16));
+    return _mm512_cvtepi32_epi16(
+        _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, is_nan, quiet), 16));
   }
 };
 
@@ -62,7 +68,8 @@ QN_INLINE float max(Vec a) {
   return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
 }
 
-/// Cody-Waite reduction x = n ln2 + r, then a degree-6 polynomial for e^r (Cephes expf coefficients).
+/// Cody-Waite reduction x = n ln2 + r, then a degree-6 polynomial for e^r (Cephes expf
+/// coefficients).
 QN_INLINE Vec exp(Vec a) {
   const __m512 x = a.v;
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),

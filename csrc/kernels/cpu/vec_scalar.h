@@ -35,8 +35,8 @@ struct Vec {
   }
 };
 
-#define QN_LANEWISE(expression)                          \
-  Vec r;                                                 \
+#define QN_LANEWISE(expression)                                 \
+  Vec r;                                                        \
   for (int i = 0; i < Vec::kLanes; ++i) r.lane[i] = expression; \
   return r
 
