@@ -113,7 +113,7 @@ def _download(repository: str) -> Path:
     except ImportError as error:
         raise CheckpointError(
             f"model {quoted(repository)} is not a local path, and huggingface_hub, "
-            "which would download it, is missing: pip install huggingface_hub"
+            "which would download it, is missing: pip install 'qwen_native[hub]'"
         ) from error
     try:
         folder = Path(snapshot_download(repository, allow_patterns=_REPOSITORY_FILES))
