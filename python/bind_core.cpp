@@ -5,6 +5,7 @@
 #include "bindings.h"
 #include "core/cpu_info.h"
 #include "kernels/cpu/dispatch.h"
+#include "ops/probe.h"
 
 namespace qn::python {
 
@@ -58,6 +59,28 @@ void register_core(py::module_& module) {
   module.def("set_op_threads",
              [](int threads) { op_threads().pool = std::make_unique<ThreadPool>(threads); });
   module.def("op_threads", [] { return op_threads().pool->threads(); });
+  module.def(
+      "measure_peaks",
+      [](int threads, size_t read_bytes) {
+        ops::Peaks peaks;
+        {
+          py::gil_scoped_release unlocked;
+          ThreadPool pool(threads);
+          Workspace workspace;
+          peaks = ops::measure_peaks(read_bytes, {pool, workspace});
+        }
+        py::dict result;
+        result["isa"] = isa_name(cpu::active_isa());
+        result["threads"] = threads;
+        result["read_bytes"] = peaks.read_bytes;
+        result["read_bandwidth"] = peaks.read_bandwidth;
+        result["fma_f32"] = peaks.fma_f32;
+        result["dot_int8"] = peaks.dot_int8;
+        result["tile_int8"] = peaks.tile_int8;
+        result["tile_bf16"] = peaks.tile_bf16;
+        return result;
+      },
+      py::arg("threads"), py::arg("read_bytes") = 0);
 }
 
 }  // namespace qn::python

@@ -19,4 +19,19 @@ struct RmsNormArgs {
   DType weight_dtype;  // F32 | BF16
 };
 
+enum class ProbeKind : uint8_t { ReadStreams, FmaF32, DotInt8, TileInt8, TileBf16 };
+
+/// Measures the machine, not a model: what a loop of nothing but loads or nothing but
+/// multiplications achieves.
+struct ProbeArgs {
+  ProbeKind kind;
+  const void* data;    // ReadStreams: [blocks * kProbeBlockBytes]
+  int64_t iterations;  // of the multiplying loops
+  double* work;  // [end]: work[begin] += bytes read or operations done; stays 0 where the level
+                 // lacks the kind
+  volatile float* sink;  // [end]: receives a value that depends on all of the work
+};
+
+constexpr int64_t kProbeBlockBytes = 4096;
+
 }  // namespace qn

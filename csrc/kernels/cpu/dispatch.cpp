@@ -55,6 +55,7 @@ constexpr std::array<Fill, kIsaCount> kFills = {
 /// Names of the table's entries, in its order.
 constexpr const char* kOpNames[] = {
     "rms_norm",
+    "probe",
 };
 constexpr size_t kOpCount = sizeof(CpuKernels) / sizeof(void (*)());
 static_assert(std::size(kOpNames) == kOpCount, "one name for each entry of CpuKernels");

@@ -9,6 +9,7 @@ namespace qn::cpu {
 
 struct CpuKernels {
   void (*rms_norm)(const RmsNormArgs&, int64_t begin, int64_t end);  // rows
+  void (*probe)(const ProbeArgs&, int64_t begin, int64_t end);       // blocks or tasks
 };
 
 }  // namespace qn::cpu
@@ -20,6 +21,7 @@ namespace qn::cpu::QN_ISA {
 void fill(CpuKernels& table);
 
 void rms_norm(const RmsNormArgs& args, int64_t begin, int64_t end);
+void probe(const ProbeArgs& args, int64_t begin, int64_t end);
 
 }  // namespace qn::cpu::QN_ISA
 #endif

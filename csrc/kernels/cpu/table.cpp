@@ -6,9 +6,8 @@ namespace qn::cpu::QN_ISA {
 void fill(CpuKernels& table) {
 #if QN_ISA_LEVEL <= 2
   table.rms_norm = rms_norm;
-#else
-  (void)table;
 #endif
+  table.probe = probe;
 }
 
 }  // namespace qn::cpu::QN_ISA

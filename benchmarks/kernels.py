@@ -1,0 +1,53 @@
+"""Time every op at the sizes of real models, against the machine's peaks and against torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import harness  # noqa: E402
+import torch  # noqa: E402
+from harness import Case, Run  # noqa: E402
+from tolerance import assert_pointwise  # noqa: E402
+
+from qwen_native import ops  # noqa: E402
+
+HIDDEN, INTER = 3584, 18944  # Qwen2.5-7B
+
+
+def _name(dtype: torch.dtype) -> str:
+    return {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+
+
+def rms_norm_cases() -> Iterator[Case]:
+    def make(tokens: int, dtype: torch.dtype) -> Run:
+        x, weight = torch.randn(tokens, HIDDEN).to(dtype), torch.randn(HIDDEN)
+
+        def check(out: torch.Tensor) -> None:
+            wide = x.double()
+            ref = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6) * weight.double()
+            assert_pointwise(out, ref, plain())
+
+        def plain() -> torch.Tensor:
+            return torch.nn.functional.rms_norm(x, (HIDDEN,), weight.to(dtype), 1e-6)
+
+        return Run(lambda: ops.rms_norm(x, weight), plain, check)
+
+    for tokens in (1, 512):
+        for dtype in (torch.float32, torch.bfloat16):
+            size = 2 * tokens * HIDDEN * dtype.itemsize + 4 * HIDDEN
+            yield Case(
+                "rms_norm",
+                f"{tokens}x{HIDDEN} {_name(dtype)}",
+                lambda t=tokens, d=dtype: make(t, d),
+                size,
+            )
+
+
+CASES = [*rms_norm_cases()]
+
+if __name__ == "__main__":
+    sys.exit(harness.main(__doc__ or "", CASES))
