@@ -7,6 +7,7 @@ instruction-set level (`set_isa`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -56,4 +57,53 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-6, residual: Any | None = None
     x, weight = _detach(x), _detach(weight)
     out = _empty(x, tuple(x.shape))
     _C.rms_norm(out, x, weight, eps, None if residual is None else _detach(residual))
+    return out
+
+
+def linear(
+    x: Any,
+    weight: Any | Sequence[Any],
+    bias: Any | None = None,
+    *,
+    out: Any | None = None,
+    add: bool = False,
+    invariant: bool = False,
+) -> Any:
+    """Return `x @ weight.T + bias`, for several weights side by side in one call.
+
+    At the level "amx", bf16 weights multiply x rounded to bf16; all other levels and f32 weights
+    multiply in float32. Sums are float32 everywhere. A row of the result does not depend on the
+    other rows of x or on the number of threads, bit for bit.
+
+    Args:
+        x: [tokens, cols], f32, last axis dense.
+        weight: [rows, cols], f32 | bf16, last axis dense, or a sequence of such weights, whose
+            results are concatenated along the last axis.
+        bias: [rows], f32, or None; for a sequence of weights a sequence of these.
+        out: [tokens, sum of rows], f32, last axis dense; a new array by default.
+        add: add to `out`, which must then be given, instead of overwriting it.
+        invariant: for 4-bit weights, keep the bits of a row independent of the number of rows.
+
+    Returns:
+        out.
+
+    Raises:
+        ValueError: a shape or dtype does not fit, or `add` without `out`.
+    """
+    several = isinstance(weight, (list, tuple))
+    weights = [_detach(w) for w in (weight if several else [weight])]
+    biases = [None] * len(weights) if bias is None else list(bias) if several else [bias]
+    if len(biases) != len(weights):
+        raise ValueError(
+            f"[linear] bias has {len(biases)} entries, expected {len(weights)} as weight has"
+        )
+    segments, rows = [], 0
+    for w, b in zip(weights, biases, strict=True):
+        segments.append(_C.LinearSegment(w, None if b is None else _detach(b), rows))
+        rows += int(w.shape[0])
+    if out is None:
+        if add:
+            raise ValueError("[linear] out is missing, expected an array to add to")
+        out = _empty(x, (int(x.shape[0]), rows))
+    _C.linear(_detach(out), _detach(x), segments, add, invariant)
     return out

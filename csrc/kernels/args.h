@@ -34,4 +34,24 @@ struct ProbeArgs {
 
 constexpr int64_t kProbeBlockBytes = 4096;
 
+/// out = x W^T + bias, or += with `add`. At a level that packs x for bf16 weights, gemm_bf16 reads
+/// `packed_x`.
+struct GemmFloatArgs {
+  float* out;          // [tokens, rows]
+  const float* x;      // [tokens, cols], dense rows
+  const void* weight;  // [rows, cols], dense rows; may lie at any byte address (a mapped file)
+  const float* bias;   // [rows] or null
+  void* packed_x;      // written by gemm_bf16_pack_x, read by gemm_bf16
+  void* scratch;       // of the calling thread
+  int64_t tokens, rows, cols;
+  int64_t out_stride, x_stride, weight_stride;  // elements between rows
+  bool add;                                     // the epilogue: out += instead of out =
+};
+
+/// Bytes of scratch memory that a GEMM asks for.
+struct GemmWorkspace {
+  int64_t packed_x;  // shared by all threads; 0: the kernel takes x as it is
+  int64_t per_thread;
+};
+
 }  // namespace qn

@@ -54,8 +54,7 @@ constexpr std::array<Fill, kIsaCount> kFills = {
 
 /// Names of the table's entries, in its order.
 constexpr const char* kOpNames[] = {
-    "rms_norm",
-    "probe",
+    "rms_norm", "probe", "gemm_f32", "gemm_bf16", "gemm_bf16_workspace", "gemm_bf16_pack_x",
 };
 constexpr size_t kOpCount = sizeof(CpuKernels) / sizeof(void (*)());
 static_assert(std::size(kOpNames) == kOpCount, "one name for each entry of CpuKernels");

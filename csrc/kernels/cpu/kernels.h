@@ -7,9 +7,19 @@
 
 namespace qn::cpu {
 
+/// Tokens that share a tile of packed activations.
+constexpr int64_t kTokenTile = 16;
+
 struct CpuKernels {
   void (*rms_norm)(const RmsNormArgs&, int64_t begin, int64_t end);  // rows
   void (*probe)(const ProbeArgs&, int64_t begin, int64_t end);       // blocks or tasks
+
+  /// Blocks of kPanelRows weight rows.
+  void (*gemm_f32)(const GemmFloatArgs&, int64_t begin, int64_t end);
+  void (*gemm_bf16)(const GemmFloatArgs&, int64_t begin, int64_t end);
+  GemmWorkspace (*gemm_bf16_workspace)(int64_t tokens, int64_t cols);
+  /// Tiles of kTokenTile tokens; null at the levels whose workspace has no packed x.
+  void (*gemm_bf16_pack_x)(const GemmFloatArgs&, int64_t begin, int64_t end);
 };
 
 }  // namespace qn::cpu
@@ -22,6 +32,11 @@ void fill(CpuKernels& table);
 
 void rms_norm(const RmsNormArgs& args, int64_t begin, int64_t end);
 void probe(const ProbeArgs& args, int64_t begin, int64_t end);
+
+void gemm_f32(const GemmFloatArgs& args, int64_t begin, int64_t end);
+void gemm_bf16(const GemmFloatArgs& args, int64_t begin, int64_t end);
+GemmWorkspace gemm_bf16_workspace(int64_t tokens, int64_t cols);
+void gemm_bf16_pack_x(const GemmFloatArgs& args, int64_t begin, int64_t end);
 
 }  // namespace qn::cpu::QN_ISA
 #endif

@@ -6,8 +6,13 @@ namespace qn::cpu::QN_ISA {
 void fill(CpuKernels& table) {
 #if QN_ISA_LEVEL <= 2
   table.rms_norm = rms_norm;
+  table.gemm_f32 = gemm_f32;
+#else
+  table.gemm_bf16_pack_x = gemm_bf16_pack_x;
 #endif
   table.probe = probe;
+  table.gemm_bf16 = gemm_bf16;
+  table.gemm_bf16_workspace = gemm_bf16_workspace;
 }
 
 }  // namespace qn::cpu::QN_ISA

@@ -16,13 +16,15 @@ struct Vec {
   static Vec load(const float* p) { return load(p, kLanes); }
   static Vec load(const float* p, int n) {
     Vec v = zero();
-    for (int i = 0; i < n; ++i) v.lane[i] = p[i];
+    memcpy(v.lane, p, static_cast<size_t>(n) * sizeof(float));  // p may be unaligned: a mapped file
     return v;
   }
   static Vec load(const bf16* p) { return load(p, kLanes); }
   static Vec load(const bf16* p, int n) {
     Vec v = zero();
-    for (int i = 0; i < n; ++i) v.lane[i] = math::QN_ISA::bf16_to_float(p[i]);
+    bf16 narrow[kLanes];
+    memcpy(narrow, p, static_cast<size_t>(n) * sizeof(bf16));
+    for (int i = 0; i < n; ++i) v.lane[i] = math::QN_ISA::bf16_to_float(narrow[i]);
     return v;
   }
   void store(float* p) const { store(p, kLanes); }
