@@ -14,21 +14,21 @@ namespace py = pybind11;
 namespace {
 
 struct OpThreads {
+  std::mutex mutex;
   std::unique_ptr<ThreadPool> pool;
   Workspace workspace;
 };
 
 OpThreads& op_threads() {
-  static OpThreads instance{std::make_unique<ThreadPool>(thread_budget().threads), {}};
+  static OpThreads instance{{}, std::make_unique<ThreadPool>(thread_budget().threads), {}};
   return instance;
 }
 
 }  // namespace
 
-ExecContext op_context() {
-  OpThreads& threads = op_threads();
-  threads.workspace.reset();
-  return {*threads.pool, threads.workspace};
+OpContext::OpContext()
+    : lock_(op_threads().mutex), context_{*op_threads().pool, op_threads().workspace} {
+  context_.workspace.reset();
 }
 
 void register_core(py::module_& module) {
@@ -56,8 +56,11 @@ void register_core(py::module_& module) {
     result["threads"] = budget.threads;
     return result;
   });
-  module.def("set_op_threads",
-             [](int threads) { op_threads().pool = std::make_unique<ThreadPool>(threads); });
+  module.def("set_op_threads", [](int threads) {
+    py::gil_scoped_release unlocked;
+    std::lock_guard<std::mutex> lock(op_threads().mutex);
+    op_threads().pool = std::make_unique<ThreadPool>(threads);
+  });
   module.def("op_threads", [] { return op_threads().pool->threads(); });
   module.def(
       "measure_peaks",

@@ -3,6 +3,8 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <mutex>
+
 #include "core/context.h"
 
 namespace qn::python {
@@ -10,7 +12,18 @@ namespace qn::python {
 void register_core(pybind11::module_& module);
 void register_ops(pybind11::module_& module);
 
-/// Threads and scratch for ops called one by one from Python; engines have their own.
-ExecContext op_context();
+/// Threads and scratch for ops called one by one from Python; engines have their own. The object
+/// keeps other Python threads out, so it must live until the op returns.
+class OpContext {
+ public:
+  OpContext();
+  operator const ExecContext&() const { return context_; }
+
+ private:
+  std::unique_lock<std::mutex> lock_;
+  ExecContext context_;
+};
+
+inline OpContext op_context() { return {}; }
 
 }  // namespace qn::python

@@ -12,6 +12,7 @@ namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kPage = 4096;
+constexpr size_t kLargest = size_t{1} << 46;  // of one buffer; keeps the sums below from wrapping
 
 size_t round_up(size_t value, size_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -21,6 +22,7 @@ size_t round_up(size_t value, size_t multiple) {
 
 HostBuffer::HostBuffer(size_t bytes, bool huge_pages) : size_(bytes) {
   if (bytes == 0) return;
+  QN_CHECK(bytes <= kLargest, "[allocator] size is ", bytes, " bytes, expected at most ", kLargest);
   const bool huge = huge_pages && bytes >= kHugePage;
   mapping_size_ = huge ? round_up(bytes, kHugePage) + kHugePage : round_up(bytes, kPage);
   mapping_ = mmap(nullptr, mapping_size_, PROT_READ | PROT_WRITE,
@@ -55,6 +57,7 @@ HostBuffer& HostBuffer::operator=(HostBuffer&& other) noexcept {
 }
 
 void* Workspace::allocate(size_t bytes) {
+  QN_CHECK(bytes <= kLargest, "[workspace] size is ", bytes, " bytes, expected at most ", kLargest);
   bytes = round_up(std::max<size_t>(bytes, 1), 64);
   while (chunk_ < chunks_.size() && used_ + bytes > chunks_[chunk_].size()) {
     ++chunk_;

@@ -80,43 +80,6 @@ int count_cores(const cpu_set_t& affinity) {
   return std::max<int>(1, static_cast<int>(cores.size()));
 }
 
-/// Whole CPUs granted by the tightest limit between this process's cgroup and the root; 0 =
-/// unlimited.
-int cgroup_quota() {
-  double limit = 0;
-  const auto apply = [&](double quota, double period) {
-    if (quota > 0 && period > 0)
-      limit = limit == 0 ? quota / period : std::min(limit, quota / period);
-  };
-  std::ifstream membership("/proc/self/cgroup");
-  for (std::string line; std::getline(membership, line);) {
-    const size_t first = line.find(':');
-    const size_t second = line.find(':', first + 1);
-    if (first == std::string::npos || second == std::string::npos) continue;
-    const std::string controllers = line.substr(first + 1, second - first - 1);
-    std::string path = line.substr(second + 1);
-    const bool unified = controllers.empty();
-    if (!unified && controllers.find("cpu") == std::string::npos) continue;
-    const std::string mount = unified ? "/sys/fs/cgroup" : "/sys/fs/cgroup/cpu";
-    for (;;) {
-      if (unified) {
-        std::ifstream file(mount + path + "/cpu.max");
-        std::string quota;
-        double period = 0;
-        if (file >> quota >> period && quota != "max") apply(std::atof(quota.c_str()), period);
-      } else {
-        double quota = 0, period = 0;
-        std::ifstream quota_file(mount + path + "/cpu.cfs_quota_us");
-        std::ifstream period_file(mount + path + "/cpu.cfs_period_us");
-        if (quota_file >> quota && period_file >> period) apply(quota, period);
-      }
-      if (path.empty() || path == "/") break;
-      path.erase(path.find_last_of('/'));
-    }
-  }
-  return limit == 0 ? 0 : std::max(1, static_cast<int>(limit));
-}
-
 }  // namespace
 
 const char* isa_name(Isa isa) { return kIsaNames[static_cast<int>(isa)]; }
@@ -143,12 +106,47 @@ ThreadBudget thread_budget() {
   } else {
     budget.affinity = budget.cores = std::max(1, static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN)));
   }
-  budget.quota = cgroup_quota();
+  budget.quota = cgroup_cpu_quota();
   budget.override_value = env::threads().value_or(0);
   budget.threads = std::min(budget.affinity, budget.cores);
   if (budget.quota > 0) budget.threads = std::min(budget.threads, budget.quota);
   if (budget.override_value > 0) budget.threads = budget.override_value;
   return budget;
+}
+
+int cgroup_cpu_quota(const std::string& root) {
+  double limit = 0;
+  const auto apply = [&](double quota, double period) {
+    if (quota > 0 && period > 0)
+      limit = limit == 0 ? quota / period : std::min(limit, quota / period);
+  };
+  std::ifstream membership(root + "/proc/self/cgroup");
+  for (std::string line; std::getline(membership, line);) {
+    const size_t first = line.find(':');
+    const size_t second = line.find(':', first + 1);
+    if (first == std::string::npos || second == std::string::npos) continue;
+    const std::string controllers = line.substr(first + 1, second - first - 1);
+    std::string path = line.substr(second + 1);
+    const bool unified = controllers.empty();
+    if (!unified && controllers.find("cpu") == std::string::npos) continue;
+    const std::string mount = root + (unified ? "/sys/fs/cgroup" : "/sys/fs/cgroup/cpu");
+    for (;;) {
+      if (unified) {
+        std::ifstream file(mount + path + "/cpu.max");
+        std::string quota;
+        double period = 0;
+        if (file >> quota >> period && quota != "max") apply(std::atof(quota.c_str()), period);
+      } else {
+        double quota = 0, period = 0;
+        std::ifstream quota_file(mount + path + "/cpu.cfs_quota_us");
+        std::ifstream period_file(mount + path + "/cpu.cfs_period_us");
+        if (quota_file >> quota && period_file >> period) apply(quota, period);
+      }
+      if (path.empty() || path == "/") break;
+      path.erase(path.find_last_of('/'));
+    }
+  }
+  return limit == 0 ? 0 : std::max(1, static_cast<int>(limit));
 }
 
 }  // namespace qn

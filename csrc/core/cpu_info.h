@@ -30,4 +30,8 @@ struct ThreadBudget {
 
 ThreadBudget thread_budget();
 
+/// Whole CPUs granted by the tightest cgroup (v1 or v2) limit between this process and the root, at
+/// least 1; 0 = no limit. `root` is put before /proc and /sys.
+int cgroup_cpu_quota(const std::string& root = "");
+
 }  // namespace qn

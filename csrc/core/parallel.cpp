@@ -7,141 +7,218 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
+#include <exception>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#include <utility>
+#include <vector>
 
 #include "core/error.h"
 
 namespace qn {
 namespace {
 
-constexpr int kSpinPauses = 2000;  // about 30 to 90 microseconds
-constexpr int64_t kChunksPerThread =
-    4;  // enough to balance a disturbed core, few enough to keep long streams
+constexpr int kSpinPauses = 2000;        // about 30 to 90 microseconds
+constexpr int64_t kChunksPerThread = 4;  // balances a disturbed core, still keeps streams long
 
-thread_local bool inside_region = false;
-
-std::atomic<uint32_t> fork_count{0};
-
-void watch_forks() {
-  static const int registered = pthread_atfork(nullptr, nullptr, [] { fork_count.fetch_add(1); });
-  (void)registered;
-}
+/// The pool whose region this thread is in, and the thread's number there.
+thread_local const ThreadPool* current_pool = nullptr;
+thread_local int current_thread = 0;
 
 void futex_wait(std::atomic<uint32_t>& word, uint32_t expected) {
   syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, expected, nullptr,
           nullptr, 0);
 }
 
-void futex_wake_all(std::atomic<uint32_t>& word) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT32_MAX, nullptr,
-          nullptr, 0);
+void futex_wake(std::atomic<uint32_t>& word, int64_t count) {
+  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE,
+          static_cast<int>(std::min<int64_t>(count, INT32_MAX)), nullptr, nullptr, 0);
 }
 
-/// Waits until `word` differs from `value`: spins first, then sleeps.
-void wait_for_change(std::atomic<uint32_t>& word, uint32_t value, std::atomic<int>& sleepers) {
+/// Returns once ready(word) holds: spins first, then sleeps. Whoever makes it hold stores to `word`
+/// first and looks at `sleepers` second; here it is the other way round, so that no wake-up is lost
+/// (all four accesses are sequentially consistent).
+template <typename Ready>
+uint32_t wait_until(std::atomic<uint32_t>& word, std::atomic<int>& sleepers, Ready ready) {
+  uint32_t value;
   for (int pause = 0; pause < kSpinPauses; ++pause) {
-    if (word.load(std::memory_order_acquire) != value) return;
+    value = word.load(std::memory_order_acquire);
+    if (ready(value)) return value;
     _mm_pause();
   }
-  sleepers.fetch_add(1, std::memory_order_seq_cst);
-  while (word.load(std::memory_order_seq_cst) == value) futex_wait(word, value);
+  sleepers.fetch_add(1);
+  while (!ready(value = word.load())) futex_wait(word, value);
   sleepers.fetch_sub(1, std::memory_order_relaxed);
+  return value;
 }
 
 }  // namespace
 
 struct ThreadPool::State {
-  alignas(64) std::atomic<uint32_t> region{0};    // counts regions; a change wakes the workers
-  alignas(64) std::atomic<uint32_t> finished{0};  // counts regions that every worker has left
-  alignas(64) std::atomic<int> running{0};        // workers still inside the current region
-  alignas(64) std::atomic<int64_t> next{0};       // first element not handed out yet
-  std::atomic<int> sleeping_workers{0};
-  std::atomic<int> sleeping_callers{0};
-  std::atomic<bool> stop{false};
-  RangeFn fn = nullptr;
+  static constexpr uint32_t kClosed = 1u << 31;
+
+  alignas(64) std::atomic<uint32_t> region{0};  // counts regions; a change wakes the workers
+  /// Workers inside the region, and kClosed once nobody may join any more. The fields below change
+  /// only while this is kClosed alone.
+  alignas(64) std::atomic<uint32_t> members{kClosed};
+  alignas(64) std::atomic<int64_t> next{0};  // first element not handed out yet
+  alignas(64) RangeFn fn = nullptr;
   void* body = nullptr;
   int64_t n = 0;
   int64_t chunk = 1;
-  uint32_t forks_seen = 0;
+  std::atomic<bool> failed{false};
+  std::exception_ptr failure;  // written by the thread that sets `failed`
+
+  std::atomic<int> sleeping_workers{0};
+  std::atomic<int> sleeping_callers{0};
+  std::atomic<bool> stop{false};
   std::mutex caller;
   std::vector<std::thread> workers;
 
-  void take_chunks(int thread) {
-    for (;;) {
-      const int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
-      if (begin >= n) return;
-      fn(body, begin, std::min(n, begin + chunk), thread);
+  ~State() { stop_workers(); }
+
+  void start_workers(const ThreadPool* pool, int threads) {
+    try {
+      while (static_cast<int>(workers.size()) < threads - 1) {
+        const int thread = static_cast<int>(workers.size()) + 1;
+        workers.emplace_back([this, pool, thread] { work(pool, thread); });
+      }
+    } catch (const std::system_error& error) {
+      const size_t started = workers.size() + 1;
+      stop_workers();
+      QN_FAIL("[threads] the system started ", started, " threads, expected ", threads, ": ",
+              error.what());
     }
   }
 
-  void work(int thread) {
-    inside_region = true;
-    uint32_t seen = 0;
-    for (;;) {
-      wait_for_change(region, seen, sleeping_workers);
-      seen = region.load(std::memory_order_acquire);
-      if (stop.load(std::memory_order_relaxed)) return;
-      take_chunks(thread);
-      if (running.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-        finished.store(seen, std::memory_order_seq_cst);
-        if (sleeping_callers.load(std::memory_order_seq_cst) > 0) futex_wake_all(finished);
+  void stop_workers() {
+    stop.store(true);
+    wake_workers(INT32_MAX);
+    for (std::thread& worker : workers) worker.join();
+    workers.clear();
+    stop.store(false);
+  }
+
+  void wake_workers(int64_t count) {
+    region.fetch_add(1);
+    if (sleeping_workers.load() > 0) futex_wake(region, count);
+  }
+
+  bool join() {
+    uint32_t count = members.load(std::memory_order_relaxed);
+    while ((count & kClosed) == 0) {
+      if (members.compare_exchange_weak(count, count + 1, std::memory_order_acquire,
+                                        std::memory_order_relaxed)) {
+        return true;
       }
     }
+    return false;
   }
 
-  void open_region() {
-    region.fetch_add(1, std::memory_order_seq_cst);
-    if (sleeping_workers.load(std::memory_order_seq_cst) > 0) futex_wake_all(region);
+  void leave() {
+    if (members.fetch_sub(1) == (kClosed | 1) && sleeping_callers.load() > 0) {
+      futex_wake(members, INT32_MAX);
+    }
+  }
+
+  void take_chunks(int thread) {
+    try {
+      for (;;) {
+        const int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
+        if (begin >= n) return;
+        fn(body, begin, std::min(n, begin + chunk), thread);
+      }
+    } catch (...) {
+      next.store(n, std::memory_order_relaxed);
+      if (!failed.exchange(true)) failure = std::current_exception();
+    }
+  }
+
+  void work(const ThreadPool* pool, int thread) {
+    current_pool = pool;
+    current_thread = thread;
+    uint32_t seen = 0;
+    for (;;) {
+      seen = wait_until(region, sleeping_workers, [seen](uint32_t now) { return now != seen; });
+      if (stop.load()) return;
+      if (!join()) continue;
+      take_chunks(thread);
+      leave();
+    }
+  }
+
+  /// Runs one region; `caller` is held.
+  void run_region(int64_t chunks) {
+    members.store(0, std::memory_order_release);
+    wake_workers(chunks - 1);
+    take_chunks(0);
+    if (members.fetch_or(kClosed, std::memory_order_acq_rel) != 0) {
+      wait_until(members, sleeping_callers, [](uint32_t now) { return now == kClosed; });
+    }
+  }
+};
+
+/// Gives every pool of a forked child a fresh State: the workers stayed in the parent, and nobody
+/// can tell what they held. The old one is left alone, for good.
+struct ForkGuard {
+  std::mutex mutex;
+  std::vector<ThreadPool*> pools;
+
+  static ForkGuard& instance() {
+    static ForkGuard* guard = [] {
+      pthread_atfork([] { instance().mutex.lock(); }, [] { instance().mutex.unlock(); },
+                     after_fork);
+      return new ForkGuard;  // never destroyed: fork may come during exit
+    }();
+    return *guard;
+  }
+
+  static void after_fork() {
+    for (ThreadPool* pool : instance().pools) {
+      (void)pool->state_.release();
+      pool->state_ = std::make_unique<ThreadPool::State>();
+    }
+    instance().mutex.unlock();
   }
 };
 
 ThreadPool::ThreadPool(int threads) : threads_(threads) {
   QN_CHECK(threads >= 1 && threads <= 1024, "[threads] count is ", threads, ", expected 1 to 1024");
-  watch_forks();
-  start_workers();
+  state_ = std::make_unique<State>();
+  state_->start_workers(this, threads);
+  ForkGuard& guard = ForkGuard::instance();
+  std::lock_guard<std::mutex> lock(guard.mutex);
+  guard.pools.push_back(this);
 }
 
 ThreadPool::~ThreadPool() {
-  if (state_->forks_seen != fork_count.load()) {
-    // The workers stayed in the parent process: there is nothing to join.
-    for (std::thread& worker : state_->workers) worker.detach();
-    return;
-  }
-  state_->stop.store(true);
-  state_->open_region();
-  for (std::thread& worker : state_->workers) worker.join();
-}
-
-void ThreadPool::start_workers() {
-  state_ = std::make_unique<State>();
-  state_->forks_seen = fork_count.load();
-  for (int thread = 1; thread < threads_; ++thread) {
-    state_->workers.emplace_back([state = state_.get(), thread] { state->work(thread); });
-  }
+  ForkGuard& guard = ForkGuard::instance();
+  std::lock_guard<std::mutex> lock(guard.mutex);
+  std::erase(guard.pools, this);
 }
 
 void ThreadPool::run(int64_t n, int64_t grain, RangeFn fn, void* body) {
+  QN_CHECK(grain >= 1, "[threads] grain is ", grain, ", expected at least 1");
   if (n <= 0) return;
-  if (threads_ == 1 || inside_region || n <= grain) return fn(body, 0, n, 0);
-  if (state_->forks_seen != fork_count.load()) {
-    for (std::thread& worker : state_->workers) worker.detach();
-    state_.release();  // the child cannot tell which locks its parent's workers held
-    start_workers();
-  }
+  if (current_pool == this) return fn(body, 0, n, current_thread);
+  if (threads_ == 1 || n <= grain) return fn(body, 0, n, 0);
   std::lock_guard<std::mutex> one_region(state_->caller);
   State& state = *state_;
+  if (state.workers.empty()) state.start_workers(this, threads_);
   const int64_t wanted = (n + threads_ * kChunksPerThread - 1) / (threads_ * kChunksPerThread);
   state.chunk = (wanted + grain - 1) / grain * grain;
   state.fn = fn;
   state.body = body;
   state.n = n;
   state.next.store(0, std::memory_order_relaxed);
-  state.running.store(threads_ - 1, std::memory_order_relaxed);
-  const uint32_t finished_before = state.finished.load(std::memory_order_relaxed);
-  state.open_region();
-  inside_region = true;
-  state.take_chunks(0);
-  inside_region = false;
-  wait_for_change(state.finished, finished_before, state.sleeping_callers);
+  const ThreadPool* outer_pool = std::exchange(current_pool, this);
+  const int outer_thread = std::exchange(current_thread, 0);
+  state.run_region((n + state.chunk - 1) / state.chunk);
+  current_pool = outer_pool;
+  current_thread = outer_thread;
+  if (state.failed.exchange(false)) std::rethrow_exception(std::exchange(state.failure, nullptr));
 }
 
 }  // namespace qn

@@ -1,20 +1,20 @@
 // Thread pool: one parallel region at a time, chunks handed out dynamically, no OpenMP.
 #pragma once
-#include <atomic>
 #include <cstdint>
 #include <memory>
-#include <mutex>
-#include <thread>
-#include <vector>
+#include <type_traits>
 
 namespace qn {
 
 /// Workers spin for some tens of microseconds after a region, which covers the gaps between the ops
 /// of one token, then sleep on a futex, so that an idle pool uses no CPU and a throttled one does
-/// not burn its quota.
+/// not burn its quota. A region waits only for the workers that joined it: on a busy machine a
+/// worker that was not scheduled in time costs nothing. After fork() the child's pool starts
+/// workers of its own.
 class ThreadPool {
  public:
-  /// `threads` counts the calling thread; throws ArgumentError unless it is from 1 to 1024.
+  /// `threads` counts the calling thread. Throws ArgumentError unless it is from 1 to 1024, Error
+  /// when the system refuses to start that many.
   explicit ThreadPool(int threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -22,9 +22,11 @@ class ThreadPool {
 
   int threads() const { return threads_; }
 
-  /// Calls fn(begin, end, thread) for disjoint ranges that cover [0, n); `thread` is in [0,
-  /// threads()). Ranges start at multiples of `grain`. fn must not throw. Regions started from
-  /// inside a region run on the calling thread.
+  /// Calls fn(begin, end, thread) for disjoint ranges that cover [0, n); `thread` is in
+  /// [0, threads()) and no two calls run under the same number at once. Ranges start at multiples
+  /// of `grain` (at least 1). Several threads may call this; their regions run one after the other.
+  /// A region started from inside a region of this pool runs on the calling thread. When fn throws,
+  /// ranges not started yet are dropped and the first exception reaches the caller.
   template <typename Fn>
   void parallel_for(int64_t n, int64_t grain, Fn&& fn) {
     using Body = std::remove_reference_t<Fn>;
@@ -39,9 +41,9 @@ class ThreadPool {
  private:
   using RangeFn = void (*)(void* body, int64_t begin, int64_t end, int thread);
   struct State;
+  friend struct ForkGuard;
 
   void run(int64_t n, int64_t grain, RangeFn fn, void* body);
-  void start_workers();
 
   int threads_;
   std::unique_ptr<State> state_;
