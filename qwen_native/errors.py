@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,20 +12,24 @@ class CheckpointError(ValueError):
     """A model cannot be found, read or used; the message is one line that names what is wrong."""
 
 
-def quoted(value: object, limit: int = 100) -> str:
-    """`repr` of an untrusted value for an error message: printable, one line, at most `limit` long.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 100
 
-    Only the beginning of a long string is looked at, so a hostile file cannot make it expensive.
+
+def quoted(value: object) -> str:
+    """Untrusted value for an error message: printable, on one line, at most some 100 characters.
+
+    Only the beginning of long values is looked at, so that a hostile file cannot make it expensive.
     """
-    if isinstance(value, (str, bytes)) and len(value) > limit:
-        value = value[:limit]
-        return repr(value)[: limit - 3] + "..."
+    if isinstance(value, bytes):
+        value = value[:100]
     try:
-        text = repr(value)
-    except (ValueError, RecursionError):
+        text = _SHORT.repr(value)
+    except ValueError:
         # Python refuses to print integers of more than 4300 digits.
-        return f"a {type(value).__name__} too large to print"
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+        return "a number of more than 4300 digits"
+    text = " ".join(text.split())
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
         if size > limit:
             raise CheckpointError(f"{path}: has {size} bytes, expected at most {limit}")
         try:
-            return file.read(limit)
+            return file.read(size)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 

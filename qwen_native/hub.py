@@ -90,14 +90,11 @@ def resolve_model(model: str | Path | None, progress: Progress | None = None) ->
     """
     if model is None:
         return demo_model(DEMO, cache_folder(), progress)
-    path = Path(model).expanduser()
-    try:
-        exists = path.exists()
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"model {quoted(str(model))} is not a usable path: {error}"
-        ) from error
-    if exists:
+    if str(model) == "":
+        raise CheckpointError("model is an empty string, expected a name or a path")
+    path = Path(os.path.expanduser(model))
+    # Unlike Path.exists, os.path.exists is False for names that no file can have.
+    if os.path.exists(path):
         return path
     if isinstance(model, str) and _REPOSITORY.fullmatch(model) and path.suffix != ".gguf":
         return _download(model)
