@@ -368,14 +368,13 @@ class Tokenizer:
             raise CheckpointError(f"{source}: no ordinary tokens, expected at least the 256 bytes")
         joined = _joined(texts, source)
         tokens = _from_alphabet(joined, ids, source)
-        if _ranks_are_ids(joined, tokens, ids, merges):
-            ranks = _unique_ranks(tokens, ids, source)
+        ranks = _unique_ranks(tokens, ids, source)
+        if _ranks_are_ids(ranks, joined, tokens, merges):
             return cls(tokens, ids, added, ranks, None, vocab_size)
         if merges is None:
             raise CheckpointError(
                 f"{source}: no merges, expected them as ids 0 … 255 are not the single bytes"
             )
-        _unique_ranks(tokens, ids, source)
         ranks, rank_to_id = _ranks_from_merges(joined.split("\n"), tokens, ids, merges, source)
         return cls(tokens, ids, added, ranks, rank_to_id, vocab_size)
 
@@ -805,20 +804,22 @@ def _merge_text(merge: object) -> str:
 
 
 def _ranks_are_ids(
-    joined: str, tokens: Sequence[bytes], ids: Sequence[int], merges: Sequence[object] | None
+    ids: Mapping[bytes, int],
+    joined: str,
+    tokens: Sequence[bytes],
+    merges: Sequence[object] | None,
 ) -> bool:
     """Say whether the single bytes have ids 0 … 255 and merge k makes token 256 + k, as in every
     Qwen model."""
-    if not _counts_up(ids) or {len(token) for token in tokens[:256]} != {1}:
+    if ids[tokens[-1]] != len(tokens) - 1 or {len(token) for token in tokens[:256]} != {1}:
         return False
     if merges is None:
         return True
     if len(merges) != len(tokens) - 256:
         return False
     if not isinstance(merges, list | tuple):
-        ranks = dict(zip(tokens, ids, strict=True))
         step = max(1, len(merges) // 256)
-        return all(_is_one_merge(token, ranks) for token in tokens[256::step])
+        return all(_is_one_merge(token, ids) for token in tokens[256::step])
     try:
         merged = _joined(merges, "merges")
     except CheckpointError:
@@ -849,8 +850,7 @@ def _ranks_from_merges(
     merges: Sequence[object],
     where: str,
 ) -> tuple[dict[bytes, int], list[int]]:
-    """Number the tokens in the order of merging: first the single bytes, then what each merge
-    makes.
+    """Number the tokens in the order of merging: single bytes, then what each merge makes.
 
     Tokens that no merge makes get no rank: encoding cannot produce them.
 
@@ -864,9 +864,6 @@ def _ranks_from_merges(
     for text in sorted((text for text in texts if len(text) == 1), key=index.__getitem__):
         ranks[data[text]] = len(rank_to_id)
         rank_to_id.append(index[text])
-    for byte in range(256):
-        if bytes([byte]) not in ranks:
-            raise CheckpointError(f"{where}: byte 0x{byte:02X} has no token, expected all 256")
     for k, merge in enumerate(merges):
         try:
             parts = _merge_text(merge).split(" ")
