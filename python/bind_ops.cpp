@@ -5,6 +5,7 @@
 #include "bindings.h"
 #include "ops/ops.h"
 #include "tensor_caster.h"
+#include "weight_caster.h"
 
 namespace qn::python {
 
@@ -60,6 +61,26 @@ void register_ops(py::module_& module) {
     for (const PySegment& segment : segments) native.push_back(linear_segment(segment));
     ops::linear(out.view, x.view, native, add ? ops::Epilogue::Add : ops::Epilogue::Store,
                 invariant, op_context());
+  });
+  module.def("rope", [](const PyTensor& x, const PyTensor& cos, const PyTensor& sin) {
+    py::gil_scoped_release unlocked;
+    ops::rope(x.view, cos.view, sin.view, op_context());
+  });
+  module.def("swiglu", [](const PyTensor& out, const PyTensor& gate, const PyTensor& up) {
+    py::gil_scoped_release unlocked;
+    ops::swiglu(out.view, gate.view, up.view, op_context());
+  });
+  module.def("gather", [](const PyTensor& out, const PyTensor& ids, const PyWeight& table) {
+    py::gil_scoped_release unlocked;
+    ops::gather(out.view, ids.view, table.view, op_context());
+  });
+  module.def("argmax", [](const PyTensor& x) {
+    py::gil_scoped_release unlocked;
+    return ops::argmax(x.view, op_context());
+  });
+  module.def("log_sum_exp", [](const PyTensor& x) {
+    py::gil_scoped_release unlocked;
+    return ops::log_sum_exp(x.view, op_context());
   });
 }
 

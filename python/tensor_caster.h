@@ -41,9 +41,12 @@ inline PyTensor tensor_from_numpy(const py::array& array) {
   QN_CHECK(array.ndim() <= 4, "[tensor] rank is ", array.ndim(), ", expected at most 4");
   result.view.data = const_cast<void*>(array.data());
   result.view.rank = static_cast<int>(array.ndim());
-  for (int axis = 0; axis < result.view.rank; ++axis) {
+  // numpy gives empty arrays strides of 0, which would look like a broadcast.
+  int64_t dense = 1;
+  for (int axis = result.view.rank - 1; axis >= 0; --axis) {
     result.view.shape[axis] = array.shape(axis);
-    result.view.stride[axis] = array.strides(axis) / array.itemsize();
+    result.view.stride[axis] = array.size() > 0 ? array.strides(axis) / array.itemsize() : dense;
+    dense *= array.shape(axis);
   }
   return result;
 }

@@ -7,6 +7,7 @@ instruction-set level (`set_isa`).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,3 +108,114 @@ def linear(
         out = _empty(x, (int(x.shape[0]), rows))
     _C.linear(_detach(out), _detach(x), segments, add, invariant)
     return out
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedWeight:
+    """A weight matrix in one of the layouts of csrc/kernels/quant_layout.h.
+
+    Attributes:
+        data: the packed bytes, uint8.
+        format: "int8", "int4_symmetric" or "int4".
+        rows, cols: shape of the matrix.
+    """
+
+    data: np.ndarray[Any, np.dtype[np.uint8]]
+    format: str
+    rows: int
+    cols: int
+
+
+def _weight(weight: Any) -> Any:
+    if isinstance(weight, PackedWeight):
+        return (weight.data, weight.format, weight.rows, weight.cols)
+    return _detach(weight)
+
+
+def rope(x: Any, cos: Any, sin: Any) -> Any:
+    """Rotate x in place: pairs (a, b) = (x[i], x[i + half]) become (a cos - b sin, b cos + a sin).
+
+    Elements from `2 * half` on stay as they are.
+
+    Args:
+        x: [tokens, heads, head_dim], f32 | bf16, last axis dense.
+        cos, sin: [tokens, half], f32, half <= head_dim / 2.
+
+    Returns:
+        x.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    _C.rope(_detach(x), _detach(cos), _detach(sin))
+    return x
+
+
+def swiglu(gate: Any, up: Any, out: Any | None = None) -> Any:
+    """Return `gate * sigmoid(gate) * up`.
+
+    Args:
+        gate, up: [tokens, inter], f32 | bf16, last axis dense.
+        out: array of the same shape and dtype, which may be gate or up; a new one by default.
+
+    Returns:
+        out. -inf in gate gives NaN, as in torch.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    gate, up = _detach(gate), _detach(up)
+    result = _empty(gate, tuple(gate.shape)) if out is None else out
+    _C.swiglu(_detach(result), gate, up)
+    return result
+
+
+def gather(ids: Any, table: Any) -> Any:
+    """Return rows `ids` of the table as float32.
+
+    Args:
+        ids: [tokens], int32, each in [0, rows).
+        table: [rows, cols], f32 | bf16, last axis dense, or a PackedWeight.
+
+    Returns:
+        [tokens, cols], f32, an array of the kind of ids.
+
+    Raises:
+        ValueError: an id is outside the table, or a shape or dtype does not fit.
+    """
+    ids = _detach(ids)
+    cols = table.cols if isinstance(table, PackedWeight) else int(table.shape[1])
+    shape = (int(ids.shape[0]), cols)
+    if isinstance(ids, np.ndarray):
+        out: Any = np.empty(shape, np.float32)
+    else:
+        out = ids.new_empty(shape).float()
+    _C.gather(out, ids, _weight(table))
+    return out
+
+
+def argmax(x: Any) -> int:
+    """Return the index of the largest element, the first one of equals; NaN never wins.
+
+    Args:
+        x: [n], f32, dense, n > 0.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+        RuntimeError: x has nothing but NaN.
+    """
+    return int(_C.argmax(_detach(x)))
+
+
+def log_sum_exp(x: Any) -> float:
+    """Return `log(sum(exp(x)))`, rounded to float32; the same bits for any number of threads.
+
+    NaN when x has a NaN, otherwise inf when it has inf, and -inf when all of it is -inf.
+
+    Args:
+        x: [n], f32, dense, n > 0.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    return float(_C.log_sum_exp(_detach(x)))

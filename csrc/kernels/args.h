@@ -4,6 +4,7 @@
 #include <stdint.h>
 
 #include "core/dtype.h"
+#include "kernels/quant_layout.h"
 
 namespace qn {
 
@@ -17,6 +18,46 @@ struct RmsNormArgs {
   float eps;
   DType dtype;         // of out, x and residual: F32 | BF16
   DType weight_dtype;  // F32 | BF16
+};
+
+struct RopeArgs {
+  void* x;           // [tokens, heads, head_dim], in-out
+  const float* cos;  // [tokens, half]
+  const float* sin;  // [tokens, half]
+  int64_t heads;
+  int64_t half;  // rope_dim / 2
+  int64_t token_stride, head_stride, cos_stride, sin_stride;
+  DType dtype;  // of x: F32 | BF16
+};
+
+/// Columns that one unit of work of swiglu covers, so that a single row can be split between
+/// threads.
+constexpr int64_t kSwigluBlock = 1024;
+
+struct SwigluArgs {
+  void* out;         // [tokens, inter]
+  const void* gate;  // [tokens, inter]
+  const void* up;    // [tokens, inter]
+  int64_t inter;
+  int64_t out_stride, gate_stride, up_stride;
+  DType dtype;  // of all three: F32 | BF16
+};
+
+struct GatherArgs {
+  float* out;          // [tokens, table.cols]
+  const int32_t* ids;  // [tokens], each in [0, table.rows)
+  WeightView table;
+  int64_t out_stride, ids_stride;
+};
+
+/// Elements that one partial result over a long row covers.
+constexpr int64_t kReduceBlock = 128;
+
+struct BlockReduceArgs {
+  float* out;      // [ceil(n / kReduceBlock)]
+  const float* x;  // [n]
+  int64_t n;
+  float shift, scale;  // block_exp_sum only
 };
 
 enum class ProbeKind : uint8_t { ReadStreams, FmaF32, DotInt8, TileInt8, TileBf16 };

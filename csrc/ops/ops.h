@@ -118,10 +118,27 @@ void attention(const TensorView& out, const TensorView& q, const KvLayer& layer,
                std::span<const SequenceSpan> spans, const AttentionOptions& options,
                const ExecContext& context);
 
-/// Index of the largest element, the first one of equals; NaN never wins. x [n] f32, n > 0.
+/// Index of the largest element, the first one of equals. NaN never wins; throws Error when there
+/// is nothing but NaN.
+///   x [n] f32, n > 0
 int64_t argmax(const TensorView& x, const ExecContext& context);
 
-/// log(sum(exp(x))), exact to float32 rounding of a float64-compensated sum; x [n] f32.
+/// log(sum(exp(x))): within half an ulp of the result plus 2^-22, the same bits for any number of
+/// threads. NaN when x has a NaN, otherwise +inf when it has +inf; -inf when all elements are -inf.
+/// May be called inside a parallel region.
+///   x [n] f32, n > 0
 float log_sum_exp(const TensorView& x, const ExecContext& context);
+
+/// Elements that one partial result of block_max and block_exp_sum covers.
+constexpr int64_t kVocabBlock = 128;
+
+/// out[b] = largest element of block b of x, NaN ignored; -inf when the block has nothing else.
+///   out [ceil(n / kVocabBlock)] f32, x [n] f32
+void block_max(const TensorView& out, const TensorView& x, const ExecContext& context);
+
+/// out[b] = sum over block b of exp((x - shift) * scale).
+///   out [ceil(n / kVocabBlock)] f32, x [n] f32
+void block_exp_sum(const TensorView& out, const TensorView& x, float shift, float scale,
+                   const ExecContext& context);
 
 }  // namespace qn::ops

@@ -12,7 +12,15 @@ constexpr int64_t kTokenTile = 16;
 
 struct CpuKernels {
   void (*rms_norm)(const RmsNormArgs&, int64_t begin, int64_t end);  // rows
-  void (*probe)(const ProbeArgs&, int64_t begin, int64_t end);       // blocks or tasks
+  void (*rope)(const RopeArgs&, int64_t begin, int64_t end);         // tokens
+  void (*swiglu)(const SwigluArgs&, int64_t begin, int64_t end);  // blocks of kSwigluBlock columns
+  void (*gather)(const GatherArgs&, int64_t begin, int64_t end);  // tokens
+
+  /// Blocks of kReduceBlock elements.
+  void (*block_max)(const BlockReduceArgs&, int64_t begin, int64_t end);
+  void (*block_exp_sum)(const BlockReduceArgs&, int64_t begin, int64_t end);
+
+  void (*probe)(const ProbeArgs&, int64_t begin, int64_t end);  // blocks or tasks
 
   /// Blocks of kPanelRows weight rows.
   void (*gemm_f32)(const GemmFloatArgs&, int64_t begin, int64_t end);
@@ -31,6 +39,11 @@ namespace qn::cpu::QN_ISA {
 void fill(CpuKernels& table);
 
 void rms_norm(const RmsNormArgs& args, int64_t begin, int64_t end);
+void rope(const RopeArgs& args, int64_t begin, int64_t end);
+void swiglu(const SwigluArgs& args, int64_t begin, int64_t end);
+void gather(const GatherArgs& args, int64_t begin, int64_t end);
+void block_max(const BlockReduceArgs& args, int64_t begin, int64_t end);
+void block_exp_sum(const BlockReduceArgs& args, int64_t begin, int64_t end);
 void probe(const ProbeArgs& args, int64_t begin, int64_t end);
 
 void gemm_f32(const GemmFloatArgs& args, int64_t begin, int64_t end);

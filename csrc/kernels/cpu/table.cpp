@@ -6,6 +6,11 @@ namespace qn::cpu::QN_ISA {
 void fill(CpuKernels& table) {
 #if QN_ISA_LEVEL <= 2
   table.rms_norm = rms_norm;
+  table.rope = rope;
+  table.swiglu = swiglu;
+  table.gather = gather;
+  table.block_max = block_max;
+  table.block_exp_sum = block_exp_sum;
   table.gemm_f32 = gemm_f32;
 #else
   table.gemm_bf16_pack_x = gemm_bf16_pack_x;
