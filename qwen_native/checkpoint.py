@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,9 +87,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             a tensor is missing, unexpected, mis-shaped or of an unsupported type.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         return _open_folder(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise CheckpointError(f"{path}: does not exist, expected a model folder or a .gguf file")
     if path.suffix != ".gguf":
         raise CheckpointError(f"{path}: is a file, expected a model folder or a .gguf file")
@@ -96,7 +97,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _open_folder(folder: Path) -> Checkpoint:
-    if not (folder / "config.json").exists():
+    if not os.path.exists(folder / "config.json"):
         raise CheckpointError(f"{folder}: has no config.json{_gguf_hint(folder)}")
     metadata = read_json_object(folder / "config.json", _MAX_JSON_BYTES)
     with located(folder / "config.json"):
@@ -126,10 +127,10 @@ def _gguf_hint(folder: Path) -> str:
 
 def _read_folder_tensors(folder: Path) -> tuple[dict[str, TensorSource], list[MappedFile]]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
+    if os.path.exists(single):
         tensors, file = read_safetensors(single)
         return tensors, [file]
-    if index.exists():
+    if os.path.exists(index):
         return read_sharded_safetensors(index)
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
         raise CheckpointError(
@@ -159,7 +160,7 @@ def _resolve_tie(
 
 def _folder_generation_config(folder: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
     path = folder / "generation_config.json"
-    if path.exists():
+    if os.path.exists(path):
         generation_config = read_json_object(path, _MAX_JSON_BYTES)
     else:
         path = folder / "config.json"
@@ -182,10 +183,10 @@ def _normalise_eos(generation_config: dict[str, Any]) -> None:
 
 def _folder_chat_template(folder: Path) -> str | None:
     """chat_template.jinja, else the (default) chat_template of tokenizer_config.json."""
-    if (folder / "chat_template.jinja").exists():
+    if os.path.exists(folder / "chat_template.jinja"):
         return read_text(folder / "chat_template.jinja", _MAX_TEMPLATE_BYTES)
     path = folder / "tokenizer_config.json"
-    if not path.exists():
+    if not os.path.exists(path):
         return None
     template = read_json_object(path, _MAX_JSON_BYTES).get("chat_template")
     if isinstance(template, list):

@@ -117,7 +117,7 @@ def _download(repository: str) -> Path:
     except Exception as error:  # whatever the HTTP library below raises
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(f"model {quoted(repository)}: download failed: {lines[0]}") from error
-    if not (folder / "config.json").exists():
+    if not os.path.exists(folder / "config.json"):
         raise CheckpointError(
             f"model {quoted(repository)}: the repository has no config.json; "
             "if it holds GGUF files, download one and name the file"

@@ -7,6 +7,7 @@ index {"weight_map": {name: file}}. Source: https://github.com/huggingface/safet
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def read_sharded_safetensors(index: Path) -> tuple[dict[str, TensorSource], list
     tensors: dict[str, TensorSource] = {}
     files: list[MappedFile] = []
     for shard in sorted(set(weight_map.values())):
-        if not (index.parent / shard).exists():
+        if not os.path.exists(index.parent / shard):
             raise CheckpointError(
                 f"{index.parent / shard}: shard is missing, {index.name} names it"
             )
