@@ -311,42 +311,41 @@ def test_refuses(base: dict[str, Any], change: dict[str, Any], message: str) -> 
     assert "\n" not in str(error.value)
 
 
-JSON_VALUES = st.recursive(
-    st.one_of(
-        st.none(),
-        st.booleans(),
-        st.integers(-(1 << 70), 1 << 70),
-        st.sampled_from([0, 1, 2, 64, 10**400]),
-        st.floats(),
-        st.text(max_size=5),
-        st.sampled_from(["yarn", "default", "sliding_attention", "full_attention", "silu"]),
-    ),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
-    max_leaves=4,
-)
-ROPE_KEYS = ["type", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+NASTY = [
+    None, True, False, 0, 1, 2, 3, -1, 64, 1 << 39, 1 << 70, 10**400, 10**5000, 0.0, 0.5, -1.0,
+    1e308, float("inf"), float("nan"), "", "yarn", "default", "sliding_attention", [], [[]],
+    [None], ["full_attention"], {}, {"type": "yarn"}, {"a": {"b": []}},
+]  # fmt: skip
+ROPE_KEYS = ["type", "rope_type", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
              "attention_factor", "original_max_position_embeddings", "rope_theta"]  # fmt: skip
+BASES = [QWEN2_JSON, QWEN3_JSON, QWEN_OLD_JSON, QWEN_NEW_JSON]
+KEYS = sorted(set().union(*BASES) | {"layer_types", "rope_parameters", "attention_bias"})
 
 
-@settings(max_examples=3000, derandomize=True, deadline=2000, database=None)
-@given(
-    st.sampled_from([QWEN2_JSON, QWEN3_JSON, QWEN_OLD_JSON, QWEN_NEW_JSON]),
-    st.dictionaries(
-        st.sampled_from(
-            sorted({*QWEN2_JSON, *QWEN3_JSON, *QWEN_OLD_JSON, *QWEN_NEW_JSON, "layer_types"})
-        ),
-        JSON_VALUES,
-        max_size=3,
-    ),
-    st.dictionaries(st.sampled_from(ROPE_KEYS), JSON_VALUES, max_size=4),
-)
-def test_fuzzed_configs_give_clean_errors(
-    base: dict[str, Any], change: dict[str, Any], rope: dict[str, Any]
-) -> None:
-    values = base | change
-    if base in (QWEN2_JSON, QWEN3_JSON) and rope:
-        values["rope_scaling"] = YARN | rope
+def builds_or_refuses(values: dict[str, Any]) -> None:
     try:
         config_from_hf(values)
     except CheckpointError as error:
         assert "\n" not in str(error) and len(str(error)) < 1000
+
+
+@pytest.mark.parametrize("base", BASES, ids=["qwen2", "qwen3", "old qwen", "new qwen"])
+def test_every_nasty_value_gives_a_clean_error(base: dict[str, Any]) -> None:
+    for value in NASTY:
+        for key in KEYS:
+            builds_or_refuses(base | {key: value, "use_sliding_window": True})
+        for key in ROPE_KEYS:
+            builds_or_refuses(base | {"rope_scaling": YARN | {key: value}})
+
+
+@settings(max_examples=500, derandomize=True, deadline=2000, database=None)
+@given(
+    st.sampled_from(range(len(BASES))),
+    st.dictionaries(st.sampled_from(KEYS), st.sampled_from(NASTY), max_size=3),
+    st.dictionaries(st.sampled_from(ROPE_KEYS), st.sampled_from(NASTY), max_size=3),
+)
+def test_fuzzed_configs_give_clean_errors(
+    base: int, change: dict[str, Any], rope: dict[str, Any]
+) -> None:
+    values = BASES[base] | change
+    builds_or_refuses(values | {"rope_scaling": YARN | rope} if rope else values)
