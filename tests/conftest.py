@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_native import ops
+from qwen_native import _C, ops
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("QN_SHARED", ROOT.parent / "shared"))
@@ -18,9 +18,10 @@ SHARED = Path(os.environ.get("QN_SHARED", ROOT.parent / "shared"))
 @pytest.fixture(params=ops.available_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once for every level that this host has."""
+    before = _C.active_isa()
     ops.set_isa(request.param)
     yield request.param
-    ops.set_isa(ops.available_isas()[-1])
+    ops.set_isa(before)
 
 
 @pytest.fixture
