@@ -16,4 +16,5 @@ PYBIND11_MODULE(_C, module) {
   });
   qn::python::register_core(module);
   qn::python::register_ops(module);
+  qn::python::register_runtime(module);
 }
