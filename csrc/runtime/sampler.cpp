@@ -287,6 +287,7 @@ std::vector<TokenLogprob> Sampler::top(const float* logits, int64_t vocab, float
 }
 
 SampledToken Sampler::sample(float* logits, int64_t vocab, const ExecContext& context) {
+  validate(params_, vocab);
   const float log_sum = ops::log_sum_exp(row(logits, vocab), context);
   if (std::isnan(log_sum)) QN_FAIL("[sampler] logits have NaN, expected finite numbers or -inf");
   if (log_sum == kInfinity) QN_FAIL("[sampler] logits have inf, expected finite numbers or -inf");
@@ -306,6 +307,7 @@ SampledToken Sampler::sample(float* logits, int64_t vocab, const ExecContext& co
 
 std::vector<std::pair<int32_t, double>> Sampler::distribution(float* logits, int64_t vocab,
                                                               const ExecContext& context) {
+  validate(params_, vocab);
   const Edits edits(*this, logits, vocab);
   largest_blocks(logits, vocab, context);
   if (params_.temperature == 0)

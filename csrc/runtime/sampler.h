@@ -52,8 +52,8 @@ class Sampler {
   Sampler(SamplingParams params, std::span<const int32_t> prompt);
 
   /// Draws a token and records it. logits [vocab] are modified during the call and restored. Throws
-  /// Error when they have NaN or +inf or leave no token to choose. May run inside a parallel
-  /// region.
+  /// ArgumentError as validate() does, and Error when the logits have NaN or +inf or leave no token
+  /// to choose. May run inside a parallel region.
   SampledToken sample(float* logits, int64_t vocab, const ExecContext& context);
 
   /// The distribution that the next sample() would draw from: (id, probability), likeliest first.
