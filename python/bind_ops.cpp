@@ -1,6 +1,9 @@
-#include <optional>
-
 #include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
 
 #include "bindings.h"
 #include "ops/ops.h"
@@ -37,6 +40,43 @@ ops::LinearSegment linear_segment(const PySegment& segment) {
              "[linear] bias is ", bias.describe(), ", expected f32[", result.weight.rows,
              "], dense");
     result.bias = bias.as<float>();
+  }
+  return result;
+}
+
+DType cache_dtype(const std::string& name) {
+  QN_CHECK(name == "f32" || name == "bf16", "[kv_cache] dtype is ", name, ", expected f32 or bf16");
+  return name == "f32" ? DType::F32 : DType::BF16;
+}
+
+/// `pool` is int32 [pages, words of a page].
+ops::KvLayer kv_layer(const PyTensor& pool, int64_t page_tokens, int64_t num_kv_heads,
+                      int64_t head_dim, const std::string& dtype) {
+  const size_t page_bytes =
+      ops::kv_page_bytes(page_tokens, num_kv_heads, head_dim, cache_dtype(dtype));
+  QN_CHECK(pool.view.dtype == DType::I32 && pool.view.rank == 2 && pool.view.contiguous() &&
+               pool.view.shape[1] * 4 == static_cast<int64_t>(page_bytes),
+           "[kv_cache] pool is ", pool.view.describe(), ", expected dense i32[pages, ",
+           page_bytes / 4, "]");
+  return {pool.view.data,    static_cast<int64_t>(page_bytes), page_tokens, num_kv_heads, head_dim,
+          cache_dtype(dtype)};
+}
+
+/// (query_begin, query_count, kv_len, page_table)
+using PySpan = std::tuple<int64_t, int64_t, int64_t, std::vector<int32_t>>;
+
+std::vector<ops::SequenceSpan> sequence_spans(const std::vector<PySpan>& spans,
+                                              const PyTensor& pool, int64_t page_tokens) {
+  std::vector<ops::SequenceSpan> result;
+  for (const auto& [query_begin, query_count, kv_len, page_table] : spans) {
+    const int64_t needed = (kv_len + page_tokens - 1) / page_tokens;
+    QN_CHECK(static_cast<int64_t>(page_table.size()) >= needed, "[kv_cache] page table has ",
+             page_table.size(), " pages, expected ", needed, " for ", kv_len, " tokens");
+    for (const int32_t page : page_table) {
+      QN_CHECK(page >= 0 && page < pool.view.shape[0], "[kv_cache] page number is ", page,
+               ", expected 0 to ", pool.view.shape[0] - 1);
+    }
+    result.push_back({query_begin, query_count, kv_len, page_table.data()});
   }
   return result;
 }
@@ -82,6 +122,36 @@ void register_ops(py::module_& module) {
     py::gil_scoped_release unlocked;
     return ops::log_sum_exp(x.view, op_context());
   });
+
+  module.def("kv_page_bytes", [](int64_t page_tokens, int64_t num_kv_heads, int64_t head_dim,
+                                 const std::string& dtype) {
+    return ops::kv_page_bytes(page_tokens, num_kv_heads, head_dim, cache_dtype(dtype));
+  });
+  module.def("kv_append", [](const PyTensor& pool, int64_t page_tokens, int64_t num_kv_heads,
+                             int64_t head_dim, const std::string& dtype, const PyTensor& k,
+                             const PyTensor& v, const std::vector<PySpan>& spans) {
+    py::gil_scoped_release unlocked;
+    ops::kv_append(kv_layer(pool, page_tokens, num_kv_heads, head_dim, dtype), k.view, v.view,
+                   sequence_spans(spans, pool, page_tokens), op_context());
+  });
+  module.def(
+      "attention", [](const PyTensor& out, const PyTensor& q, const PyTensor& pool,
+                      int64_t page_tokens, int64_t num_kv_heads, int64_t head_dim,
+                      const std::string& dtype, const std::vector<PySpan>& spans, float scale,
+                      int64_t window, const std::optional<PyTensor>& query_scale) {
+        py::gil_scoped_release unlocked;
+        if (query_scale) {
+          const TensorView& factors = query_scale->view;
+          QN_CHECK(factors.dtype == DType::F32 && factors.rank == 1 && factors.contiguous() &&
+                       factors.shape[0] == q.view.shape[0],
+                   "[attention] query_scale is ", factors.describe(), ", expected dense f32[",
+                   q.view.shape[0], "]");
+        }
+        const ops::AttentionOptions options{
+            scale, window, query_scale ? query_scale->view.as<const float>() : nullptr};
+        ops::attention(out.view, q.view, kv_layer(pool, page_tokens, num_kv_heads, head_dim, dtype),
+                       sequence_spans(spans, pool, page_tokens), options, op_context());
+      });
 }
 
 }  // namespace qn::python

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -219,3 +219,102 @@ def log_sum_exp(x: Any) -> float:
         ValueError: a shape or dtype does not fit.
     """
     return float(_C.log_sum_exp(_detach(x)))
+
+
+@dataclasses.dataclass(frozen=True)
+class KvPages:
+    """A pool of KV cache pages of one layer (the layout inside is in csrc/kernels/args.h).
+
+    Attributes:
+        pool: int32 [pages, kv_page_bytes(...) // 4], dense.
+        page_tokens: tokens per page, a multiple of 32.
+        num_kv_heads: key-value heads.
+        head_dim: size of a head, a multiple of 16 up to 256.
+        dtype: "f32" | "bf16", how keys and values are stored.
+    """
+
+    pool: Any
+    page_tokens: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+
+
+class SequenceSpan(NamedTuple):
+    """The rows of one sequence within a batch.
+
+    Attributes:
+        query_begin: its first row in q, k, v and the output.
+        query_count: its rows, at consecutive positions that end at kv_len.
+        kv_len: tokens of the sequence, these rows included.
+        page_table: page numbers, at least ceil(kv_len / page_tokens).
+    """
+
+    query_begin: int
+    query_count: int
+    kv_len: int
+    page_table: list[int]
+
+
+def kv_page_bytes(page_tokens: int, num_kv_heads: int, head_dim: int, dtype: str) -> int:
+    """Return the bytes of one page of one layer.
+
+    Raises:
+        ValueError: a size is not one that `KvPages` allows.
+    """
+    size: int = _C.kv_page_bytes(page_tokens, num_kv_heads, head_dim, dtype)
+    return size
+
+
+def kv_append(pages: KvPages, k: Any, v: Any, spans: list[SequenceSpan]) -> None:
+    """Write the keys and values of every span's rows to their slots.
+
+    A page is zeroed when its first slot is written.
+
+    Args:
+        pages: the cache, updated in place.
+        k: [tokens, num_kv_heads, head_dim] f32, last axis dense.
+        v: like k.
+        spans: which rows belong to which sequence.
+
+    Raises:
+        ValueError: a shape or dtype does not fit, or a span lies outside its tensors.
+    """
+    layout = (pages.pool, pages.page_tokens, pages.num_kv_heads, pages.head_dim, pages.dtype)
+    _C.kv_append(*layout, _detach(k), _detach(v), spans)
+
+
+def attention(
+    q: Any,
+    pages: KvPages,
+    spans: list[SequenceSpan],
+    scale: float | None = None,
+    window: int = 0,
+    query_scale: Any | None = None,
+    out: Any | None = None,
+) -> Any:
+    """Return causal softmax(scale * q k^T) v over the cached keys and values.
+
+    The row at position p of its sequence sees the keys max(0, p + 1 - window) to p. Its result
+    does not depend, bit for bit, on the other rows of the batch or on the number of threads.
+
+    Args:
+        q: [tokens, num_heads, head_dim] f32, last axis dense. num_heads is a multiple of the
+            cache's num_kv_heads; consecutive heads share a kv head.
+        pages: the cache, with the keys and values of these rows already appended.
+        spans: which rows belong to which sequence. Rows of no span stay as they are in out.
+        scale: factor of the dot products, 1 / sqrt(head_dim) by default.
+        window: keys that a row sees, itself included; 0 = all before it.
+        query_scale: [tokens] f32, an extra factor of each row's dot products (LogN), or None.
+        out: like q, where to write; allocated by default.
+
+    Raises:
+        ValueError: a shape, dtype or factor does not fit, or a span lies outside its tensors.
+    """
+    q = _detach(q)
+    if out is None:
+        out = _empty(q, tuple(q.shape))
+    layout = (pages.pool, pages.page_tokens, pages.num_kv_heads, pages.head_dim, pages.dtype)
+    factor = float(pages.head_dim) ** -0.5 if scale is None else scale
+    _C.attention(_detach(out), q, *layout, spans, factor, window, query_scale)
+    return out

@@ -95,4 +95,80 @@ struct GemmWorkspace {
   int64_t per_thread;
 };
 
+/// How one layer's keys and values lie in a page of the KV cache. Page p starts at base + p *
+/// page_stride; in it kv head h starts at h * head_bytes and holds its keys, then (at value_offset)
+/// its values:
+///
+///   F32   keys [head_dim][page_tokens]         values [page_tokens][head_dim]
+///   BF16  keys [key_dims / 2][page_tokens][2]  values [page_tokens / 2][head_dim][2]
+///
+/// Keys thus lie in the lanes of q k^T and dims in the lanes of p v, and nothing needs a sum over
+/// lanes. The pairs of the bf16 layout (two dims of a key, two keys of a dim) make 16 rows of 16
+/// pairs a B operand of tdpbf16ps, and widen to float32 with a shift and a mask. key_dims is
+/// head_dim rounded up to 32, the depth of a tile; the keys' dims from head_dim on are zero.
+struct KvGeometry {
+  int64_t page_tokens;  // multiple of 32
+  int64_t num_kv_heads;
+  int64_t head_dim;      // multiple of 16
+  int64_t head_bytes;    // of one kv head within a page
+  int64_t value_offset;  // bytes
+  DType dtype;           // F32 | BF16
+};
+
+/// Consecutive tokens that go to one page.
+struct KvAppendItem {
+  char* page;
+  int64_t token;  // first row of k and v
+  int64_t slot;   // first slot of the page
+  int64_t count;  // tokens
+};
+
+struct KvAppendArgs {
+  const float *k, *v;  // [tokens, num_kv_heads, head_dim]
+  int64_t k_stride, k_head_stride, v_stride, v_head_stride;
+  const KvAppendItem* items;
+  KvGeometry kv;
+};
+
+/// Query rows of one item at most. A row is one head of one token; rows that share a kv head are
+/// numbered token * (heads per kv head) + head within the group.
+constexpr int kAttentionRows = 32;
+/// The keys of a row are cut at the multiples of this; softmax is taken inside a part, parts are
+/// then merged in order.
+constexpr int kAttentionPart = 256;
+constexpr int kAttentionMaxHeadDim = 256;
+/// Scratch of one thread.
+constexpr int64_t kAttentionScratchBytes =
+    kAttentionRows *
+    (4 * (kAttentionPart + 16) + 2 * kAttentionPart + 12 * kAttentionMaxHeadDim + 64);
+
+/// Rows of one sequence and kv head against a range of parts.
+struct AttentionItem {
+  const int32_t* page_table;
+  int64_t token;     // the sequence's first row of q and out in this step
+  int64_t position;  // of that row in its sequence
+  int64_t first_row;
+  int32_t rows;  // 1 .. kAttentionRows
+  int32_t kv_head;
+  int32_t part_begin, part_end;
+  /// Null: the item has all parts and writes out. Else each part leaves its rows' unnormalised
+  /// outputs, maxima and sums, [rows, head_dim] and twice [kAttentionRows], for attention_merge.
+  float* partial;
+  int64_t partial_stride;  // floats between parts
+};
+
+struct AttentionArgs {
+  float* out;      // [tokens, num_heads, head_dim]
+  const float* q;  // [tokens, num_heads, head_dim]
+  int64_t out_stride, out_head_stride, q_stride, q_head_stride;
+  int64_t group;             // heads per kv head
+  const char* base;          // of the page pool
+  int64_t page_stride;       // bytes
+  float scale;               // > 0
+  int64_t window;            // 0 = all
+  const float* query_scale;  // [tokens], or null
+  const AttentionItem* items;
+  KvGeometry kv;
+};
+
 }  // namespace qn

@@ -28,6 +28,10 @@ struct CpuKernels {
   GemmWorkspace (*gemm_bf16_workspace)(int64_t tokens, int64_t cols);
   /// Tiles of kTokenTile tokens; null at the levels whose workspace has no packed x.
   void (*gemm_bf16_pack_x)(const GemmFloatArgs&, int64_t begin, int64_t end);
+
+  void (*kv_append)(const KvAppendArgs&, int64_t begin, int64_t end);  // items x kv heads
+  void (*attention)(const AttentionArgs&, int64_t begin, int64_t end, void* scratch);  // items
+  void (*attention_merge)(const AttentionArgs&, int64_t begin, int64_t end);           // items
 };
 
 }  // namespace qn::cpu
@@ -50,6 +54,10 @@ void gemm_f32(const GemmFloatArgs& args, int64_t begin, int64_t end);
 void gemm_bf16(const GemmFloatArgs& args, int64_t begin, int64_t end);
 GemmWorkspace gemm_bf16_workspace(int64_t tokens, int64_t cols);
 void gemm_bf16_pack_x(const GemmFloatArgs& args, int64_t begin, int64_t end);
+
+void kv_append(const KvAppendArgs& args, int64_t begin, int64_t end);
+void attention(const AttentionArgs& args, int64_t begin, int64_t end, void* scratch);
+void attention_merge(const AttentionArgs& args, int64_t begin, int64_t end);
 
 }  // namespace qn::cpu::QN_ISA
 #endif

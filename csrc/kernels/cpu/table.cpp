@@ -6,6 +6,7 @@ namespace qn::cpu::QN_ISA {
 void fill(CpuKernels& table) {
 #if QN_ISA_LEVEL <= 2
   table.rms_norm = rms_norm;
+  table.kv_append = kv_append;
   table.rope = rope;
   table.swiglu = swiglu;
   table.gather = gather;
@@ -18,6 +19,8 @@ void fill(CpuKernels& table) {
   table.probe = probe;
   table.gemm_bf16 = gemm_bf16;
   table.gemm_bf16_workspace = gemm_bf16_workspace;
+  table.attention = attention;
+  table.attention_merge = attention_merge;
 }
 
 }  // namespace qn::cpu::QN_ISA

@@ -9,6 +9,7 @@
 //   fma(a, b, c)               a * b + c
 //   max(a, b)                  NaN in b wins
 //   sum(a), max(a)             over the lanes
+//   load_pairs(p, even, odd)   of 32 bf16
 //   exp(a)                     <= 2 ulp on [-87.3, 88.7]; below gives 0, above inf; NaN stays NaN
 #pragma once
 #include <stddef.h>

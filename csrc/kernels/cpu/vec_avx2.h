@@ -63,6 +63,17 @@ struct Vec {
   }
 };
 
+/// The even and odd elements of 32, widened.
+QN_INLINE void load_pairs(const bf16* p, Vec& even, Vec& odd) {
+  const __m256i lo = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i hi = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16));
+  const __m256i upper = _mm256_set1_epi32(-65536);
+  even = {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
+  odd = {_mm256_castsi256_ps(_mm256_and_si256(lo, upper)),
+         _mm256_castsi256_ps(_mm256_and_si256(hi, upper))};
+}
+
 QN_INLINE Vec operator+(Vec a, Vec b) {
   return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
 }

@@ -37,6 +37,14 @@ struct Vec {
   }
 };
 
+/// The even and odd elements of 32, widened.
+QN_INLINE void load_pairs(const bf16* p, Vec& even, Vec& odd) {
+  for (int i = 0; i < Vec::kLanes; ++i) {
+    even.lane[i] = math::QN_ISA::bf16_to_float(p[2 * i]);
+    odd.lane[i] = math::QN_ISA::bf16_to_float(p[2 * i + 1]);
+  }
+}
+
 #define QN_LANEWISE(expression)                                 \
   Vec r;                                                        \
   for (int i = 0; i < Vec::kLanes; ++i) r.lane[i] = expression; \
