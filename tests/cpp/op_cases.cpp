@@ -1,5 +1,6 @@
 #include "op_cases.h"
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 
@@ -78,11 +79,198 @@ void add_rms_norm_cases(std::vector<OpCase>& cases) {
   };
 }
 
+template <typename T>
+void add_rope(std::vector<OpCase>& cases, int64_t tokens, int64_t heads, int64_t head_dim,
+              int64_t half) {
+  OpCase c;
+  c.op = "rope";
+  c.what = join_message(dtype_name(dtype_of<T>()), "[", tokens, ", ", heads, ", ", head_dim,
+                        "] rope_dim ", 2 * half);
+  c.narrow = std::is_same_v<T, bf16>;
+  const auto x = random_values<T>(tokens * heads * head_dim, 1);
+  std::vector<float> cosine, sine;
+  for (int64_t i = 0; i < tokens * half; ++i) {
+    cosine.push_back(std::cos(0.37f * static_cast<float>(i)));
+    sine.push_back(std::sin(0.37f * static_cast<float>(i)));
+  }
+  c.run = [=](const ExecContext& context) {
+    Guarded<T> out(x);
+    ops::rope(out.view({tokens, heads, head_dim}), view_of(cosine, {tokens, half}),
+              view_of(sine, {tokens, half}), context);
+    std::vector<float> result;
+    out.collect(result);
+    return result;
+  };
+  c.reference = [=] {
+    std::vector<double> out;
+    for (int64_t i = 0; i < tokens * heads * head_dim; ++i) {
+      const int64_t dim = i % head_dim, angle = i / (heads * head_dim) * half + dim % half;
+      const double value = widen(x[i]);
+      if (dim < half) {
+        out.push_back(value * cosine[angle] - widen(x[i + half]) * double{sine[angle]});
+      } else if (dim < 2 * half) {
+        out.push_back(value * cosine[angle] + widen(x[i - half]) * double{sine[angle]});
+      } else {
+        out.push_back(value);
+      }
+    }
+    return out;
+  };
+  cases.push_back(std::move(c));
+}
+
+template <typename T>
+void add_swiglu(std::vector<OpCase>& cases, int64_t tokens, int64_t inter) {
+  OpCase c;
+  c.op = "swiglu";
+  c.what = join_message(dtype_name(dtype_of<T>()), "[", tokens, ", ", inter, "]");
+  c.policy = Policy::Pointwise;
+  c.narrow = std::is_same_v<T, bf16>;
+  const auto gate = random_values<T>(tokens * inter, 1, 4.0f);
+  const auto up = random_values<T>(tokens * inter, 2);
+  c.run = [=](const ExecContext& context) {
+    Guarded<T> out(tokens * inter);
+    ops::swiglu(out.view({tokens, inter}), view_of(gate, {tokens, inter}),
+                view_of(up, {tokens, inter}), context);
+    std::vector<float> result;
+    out.collect(result);
+    return result;
+  };
+  c.reference = [=] {
+    std::vector<double> out;
+    for (size_t i = 0; i < gate.size(); ++i) {
+      const double g = widen(gate[i]);
+      out.push_back(g / (1 + std::exp(-g)) * widen(up[i]));
+    }
+    return out;
+  };
+  cases.push_back(std::move(c));
+}
+
+template <typename W>
+constexpr WeightFormat weight_format() {
+  return std::is_same_v<W, bf16> ? WeightFormat::BF16 : WeightFormat::F32;
+}
+
+/// Rows of float tables come back as they are.
+template <typename W>
+void add_gather(std::vector<OpCase>& cases, int64_t cols) {
+  constexpr int64_t kRows = 11, kTokens = 5;
+  OpCase c;
+  c.op = "gather";
+  c.what = join_message(dtype_name(dtype_of<W>()), " cols ", cols);
+  c.policy = Policy::Exact;
+  const auto table = random_values<W>(kRows * cols, 1);
+  const std::vector<int32_t> ids = {10, 0, 3, 3, 7};
+  c.run = [=](const ExecContext& context) {
+    Guarded<float> out(kTokens * cols);
+    ops::gather(out.view({kTokens, cols}), view_of(ids, {kTokens}),
+                {table.data(), weight_format<W>(), kRows, cols, cols}, context);
+    std::vector<float> result;
+    out.collect(result);
+    return result;
+  };
+  c.reference = [=] {
+    std::vector<double> out;
+    for (int32_t id : ids) {
+      for (int64_t i = 0; i < cols; ++i) out.push_back(widen(table[id * cols + i]));
+    }
+    return out;
+  };
+  cases.push_back(std::move(c));
+}
+
+/// x is rounded to bf16 beforehand, so that the amx level, which does that, has the same inputs.
+template <typename W>
+void add_linear(std::vector<OpCase>& cases, int64_t tokens, int64_t rows, int64_t cols, bool add) {
+  OpCase c;
+  c.op = "linear";
+  c.what = join_message(dtype_name(dtype_of<W>()), " ", tokens, "x", cols, " -> ", rows,
+                        add ? " add" : " bias");
+  std::vector<float> x;
+  for (bf16 value : random_values<bf16>(tokens * cols, 1)) x.push_back(widen(value));
+  const auto weight = random_values<W>(rows * cols, 2);
+  const auto bias = random_values<float>(add ? 0 : rows, 3);
+  const auto before = random_values<float>(tokens * rows, 4);
+  c.run = [=](const ExecContext& context) {
+    Guarded<float> out(before);
+    const ops::LinearSegment segment{
+        {weight.data(), weight_format<W>(), rows, cols, cols}, add ? nullptr : bias.data(), 0};
+    ops::linear(out.view({tokens, rows}), view_of(x, {tokens, cols}), {&segment, 1},
+                add ? ops::Epilogue::Add : ops::Epilogue::Store, true, context);
+    std::vector<float> result;
+    out.collect(result);
+    return result;
+  };
+  c.reference = [=] {
+    std::vector<double> out;
+    for (int64_t token = 0; token < tokens; ++token) {
+      for (int64_t row = 0; row < rows; ++row) {
+        double sum = add ? before[token * rows + row] : bias[row];
+        for (int64_t i = 0; i < cols; ++i) {
+          sum += double{x[token * cols + i]} * widen(weight[row * cols + i]);
+        }
+        out.push_back(sum);
+      }
+    }
+    return out;
+  };
+  cases.push_back(std::move(c));
+}
+
+/// argmax is compared exactly, log_sum_exp as a contraction.
+void add_reductions(std::vector<OpCase>& cases, int64_t n) {
+  const auto x = random_values<float>(n, 1, 5.0f);
+  OpCase largest;
+  largest.op = "argmax";
+  largest.what = join_message(n);
+  largest.policy = Policy::Exact;
+  largest.run = [=](const ExecContext& context) {
+    return std::vector<float>{static_cast<float>(ops::argmax(view_of(x, {n}), context))};
+  };
+  largest.reference = [=] {
+    return std::vector<double>{
+        static_cast<double>(std::max_element(x.begin(), x.end()) - x.begin())};
+  };
+  cases.push_back(std::move(largest));
+  OpCase total;
+  total.op = "log_sum_exp";
+  total.what = join_message(n);
+  total.policy = Policy::Pointwise;
+  total.run = [=](const ExecContext& context) {
+    return std::vector<float>{ops::log_sum_exp(view_of(x, {n}), context)};
+  };
+  total.reference = [=] {
+    double sum = 0;
+    for (float value : x) sum += std::exp(double{value});
+    return std::vector<double>{std::log(sum)};
+  };
+  cases.push_back(std::move(total));
+}
+
+template <typename T>
+void add_typed_cases(std::vector<OpCase>& cases) {
+  for (int64_t half : {1, 16, 33}) add_rope<T>(cases, 3, 2, 66, half);
+  for (const auto& [tokens, inter] : {std::pair{0, 8}, {1, 1}, {3, 1023}, {2, 1025}}) {
+    add_swiglu<T>(cases, tokens, inter);
+  }
+  for (int64_t cols : {1, 17, 64}) add_gather<T>(cases, cols);
+  for (int64_t tokens : {0, 1, 2, 17, 33}) {
+    for (bool add : {false, true}) {
+      add_linear<T>(cases, tokens, 131, 67, add);  // the worst of fewer outputs says little
+      add_linear<T>(cases, tokens, 160, 1280, add);
+    }
+  }
+}
+
 }  // namespace
 
 std::vector<OpCase> op_cases() {
   std::vector<OpCase> cases;
   add_rms_norm_cases(cases);
+  add_typed_cases<float>(cases);
+  add_typed_cases<bf16>(cases);
+  for (int64_t n : {1, 127, 129, 1000}) add_reductions(cases, n);
   return cases;
 }
 
