@@ -1,5 +1,6 @@
 """The native engine (python/*.cpp). Arrays are numpy arrays or DLPack CPU tensors, never copied."""
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 Array: TypeAlias = Any  # f32, bf16 or i32; results are written to `out`
@@ -50,3 +51,60 @@ class LinearSegment:
 def linear(
     out: Array, x: Array, segments: list[LinearSegment], add: bool, invariant: bool, /
 ) -> None: ...
+
+Span: TypeAlias = tuple[int, int, int, list[int]]  # query_begin, query_count, kv_len, page_table
+
+def kv_page_bytes(page_tokens: int, num_kv_heads: int, head_dim: int, dtype: str, /) -> int: ...
+def kv_append(
+    pool: Array,
+    page_tokens: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: str,
+    k: Array,
+    v: Array,
+    spans: Sequence[Span],
+    /,
+) -> None: ...
+def attention(
+    out: Array,
+    q: Array,
+    pool: Array,
+    page_tokens: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: str,
+    spans: Sequence[Span],
+    scale: float,
+    window: int,
+    query_scale: Array | None,
+    /,
+) -> None: ...
+
+class SamplingParams:
+    """How one request turns logits into tokens (csrc/runtime/sampler.h)."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        top_k: int = 0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: list[tuple[int, float]] = ...,
+        seed: int = 0,
+        logprobs: int = -1,
+    ) -> None: ...
+    def validate(self, vocab: int, /) -> None: ...
+
+class Sampler:
+    """Sampling state of one request: what it has seen, and its random numbers."""
+
+    def __init__(self, params: SamplingParams, prompt: list[int] = ...) -> None: ...
+    def sample(self, logits: Array, /) -> tuple[int, float, list[tuple[int, float]]]: ...
+    def distribution(self, logits: Array, /) -> list[tuple[int, float]]: ...
+    @staticmethod
+    def uniform(seed: int, index: int, /) -> float: ...
