@@ -17,22 +17,13 @@ namespace py = pybind11;
 namespace {
 
 struct PySegment {
-  PyTensor weight;  // [rows, cols] f32 | bf16, dense rows
+  PyWeight weight;
   std::optional<PyTensor> bias;
   int64_t out_offset;
 };
 
-WeightView weight_view(const TensorView& weight) {
-  QN_CHECK(weight.rank == 2 && (weight.dtype == DType::F32 || weight.dtype == DType::BF16),
-           "[linear] weight is ", weight.describe(), ", expected [rows, cols] in f32 or bf16");
-  QN_CHECK(weight.shape[1] <= 1 || weight.stride[1] == 1, "[linear] weight has stride ",
-           weight.stride[1], " along its last axis, expected 1");
-  return {weight.data, weight.dtype == DType::F32 ? WeightFormat::F32 : WeightFormat::BF16,
-          weight.shape[0], weight.shape[1], weight.stride[0]};
-}
-
 ops::LinearSegment linear_segment(const PySegment& segment) {
-  ops::LinearSegment result{weight_view(segment.weight.view), nullptr, segment.out_offset};
+  ops::LinearSegment result{segment.weight.view, nullptr, segment.out_offset};
   if (segment.bias) {
     const TensorView& bias = segment.bias->view;
     QN_CHECK(bias.rank == 1 && bias.dtype == DType::F32 && bias.contiguous() &&
@@ -92,7 +83,7 @@ void register_ops(py::module_& module) {
   });
 
   py::class_<PySegment>(module, "LinearSegment")
-      .def(py::init([](const PyTensor& weight, const std::optional<PyTensor>& bias,
+      .def(py::init([](const PyWeight& weight, const std::optional<PyTensor>& bias,
                        int64_t out_offset) { return PySegment{weight, bias, out_offset}; }));
   module.def("linear", [](const PyTensor& out, const PyTensor& x,
                           const std::vector<PySegment>& segments, bool add, bool invariant) {

@@ -73,13 +73,16 @@ def linear(
     """Return `x @ weight.T + bias`, for several weights side by side in one call.
 
     At the level "amx", bf16 weights multiply x rounded to bf16; all other levels and f32 weights
-    multiply in float32. Sums are float32 everywhere. A row of the result does not depend on the
-    other rows of x or on the number of threads, bit for bit.
+    multiply in float32. Quantised weights multiply x rounded to int8 in groups of 32 columns. Sums
+    are float32 everywhere. A row of the result does not depend on the other rows of x or on the
+    number of threads, bit for bit. The exception are 4-bit weights at the level "amx" without
+    `invariant`: several rows of x take a faster kernel, which rounds x to int8 in blocks of 1024
+    columns and the weights to int8 with one scale per row.
 
     Args:
         x: [tokens, cols], f32, last axis dense.
-        weight: [rows, cols], f32 | bf16, last axis dense, or a sequence of such weights, whose
-            results are concatenated along the last axis.
+        weight: [rows, cols], f32 | bf16, last axis dense, or a PackedWeight, or a sequence of such
+            weights, whose results are concatenated along the last axis.
         bias: [rows], f32, or None; for a sequence of weights a sequence of these.
         out: [tokens, sum of rows], f32, last axis dense; a new array by default.
         add: add to `out`, which must then be given, instead of overwriting it.
@@ -92,7 +95,7 @@ def linear(
         ValueError: a shape or dtype does not fit, or `add` without `out`.
     """
     several = isinstance(weight, (list, tuple))
-    weights = [_detach(w) for w in (weight if several else [weight])]
+    weights = [_weight(w) for w in (weight if several else [weight])]
     biases = [None] * len(weights) if bias is None else list(bias) if several else [bias]
     if len(biases) != len(weights):
         raise ValueError(
@@ -101,7 +104,7 @@ def linear(
     segments, rows = [], 0
     for w, b in zip(weights, biases, strict=True):
         segments.append(_C.LinearSegment(w, None if b is None else _detach(b), rows))
-        rows += int(w.shape[0])
+        rows += int(w[2] if isinstance(w, tuple) else w.shape[0])
     if out is None:
         if add:
             raise ValueError("[linear] out is missing, expected an array to add to")

@@ -171,4 +171,66 @@ struct AttentionArgs {
   KvGeometry kv;
 };
 
+/// Activations as int8 in groups of 32 columns, in blocks of 16 tokens (the last one has the rest,
+/// n): [block][group][token of the block], so that a group of a few tokens lies together and one
+/// token is a plain row.
+struct QuantizedActivations {
+  int8_t* codes;  // 32 per element
+  float* scale;
+  int32_t* negative_sum;  // -(sum of the codes)
+  float* scaled_sum;      // scale * sum of the codes
+  int64_t tokens;
+};
+
+struct QuantizeActivationsArgs {
+  QuantizedActivations out;
+  const float* x;  // [tokens, cols]
+  int64_t cols;
+  int64_t x_stride;  // elements between rows
+};
+
+/// out = x W^T + bias, or += with `add`. Arrays of x are readable for 16 more elements than they
+/// have.
+struct GemmQuantizedArgs {
+  float* out;          // [tokens, rows]
+  const void* weight;  // panels, see quant_layout.h
+  const float* bias;   // [rows] or null
+  void* scratch;       // of the calling thread, gemm_quantized_scratch bytes, 64-byte aligned
+  QuantizedActivations x;
+  int64_t rows, cols;
+  int64_t out_stride;  // elements between rows
+  WeightFormat format;
+  bool add;
+};
+
+/// Activations as int8 with one scale per token and block of 1024 columns, in tiles of 16 tokens x
+/// 64 columns: [ceil(tokens / 16)][ceil(cols / 64)][16][64]; missing tokens and columns are zeros.
+struct FoldedActivations {
+  int8_t* codes;
+  float* scale;  // [tokens rounded up to 16][ceil(cols / 1024)]
+  int64_t tokens;
+};
+
+struct FoldActivationsArgs {
+  FoldedActivations out;
+  const float* x;  // [tokens, cols]
+  int64_t cols;
+  int64_t x_stride;  // elements between rows
+};
+
+/// out = x W^T + bias, or += with `add`; 4-bit weights rounded to int8 per row. Work is numbered
+/// [chunk of chunk_tokens tokens][panel].
+struct GemmFoldedArgs {
+  float* out;          // [tokens, rows]
+  const void* weight;  // panels of a 4-bit format, see quant_layout.h
+  const float* bias;   // [rows] or null
+  void* scratch;       // of the calling thread, 64-byte aligned
+  FoldedActivations x;
+  int64_t rows, cols;
+  int64_t out_stride;    // elements between rows
+  int64_t chunk_tokens;  // a multiple of 32
+  WeightFormat format;
+  bool add;
+};
+
 }  // namespace qn

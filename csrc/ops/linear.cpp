@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <variant>
 #include <vector>
 
 #include "kernels/cpu/dispatch.h"
@@ -33,35 +34,170 @@ void check_disjoint(std::span<const LinearSegment> segments) {
   }
 }
 
-/// A segment's kernel and where its row blocks start in the common list of work.
-struct Job {
-  void (*kernel)(const GemmFloatArgs&, int64_t begin, int64_t end);
-  GemmFloatArgs args;
-  int64_t first_block;
-  int64_t end_block;
+/// From this many tokens on the folded kernel is faster than the exact one.
+constexpr int64_t kFoldedTokens = 8;
+
+/// Folded activations of one pass over the weights; they and two unpacked panels stay in L2.
+constexpr int64_t kFoldedChunkBytes = 1400 << 10;
+
+template <class Args>
+struct Kernel {
+  void (*run)(const Args&, int64_t begin, int64_t end);
+  Args args;
 };
 
-GemmFloatArgs float_args(const TensorView& out, const TensorView& x, const LinearSegment& segment,
-                         Epilogue epilogue) {
-  GemmFloatArgs args{};
+/// A segment's kernel and where its units of work start in the common list.
+struct Job {
+  std::variant<Kernel<GemmFloatArgs>, Kernel<GemmQuantizedArgs>, Kernel<GemmFoldedArgs>> kernel;
+  int64_t first_unit;
+  int64_t end_unit;
+};
+
+/// The forms of x that the segments ask for, each made once, and the scratch memory per thread.
+class Inputs {
+ public:
+  Inputs(const TensorView& x, const ExecContext& context)
+      : x_(x), tokens_(x.shape[0]), cols_(x.shape[1]), context_(context) {}
+
+  const cpu::CpuKernels& kernels() const { return kernels_; }
+  int64_t scratch_bytes() const { return scratch_bytes_; }
+
+  void* packed_bf16() {
+    const GemmWorkspace needed = kernels_.gemm_bf16_workspace(tokens_, cols_);
+    scratch_bytes_ = std::max(scratch_bytes_, needed.per_thread);
+    if (packed_bf16_ != nullptr || needed.packed_x == 0) return packed_bf16_;
+    GemmFloatArgs pack{};
+    pack.x = x_.as<float>();
+    pack.x_stride = x_.stride[0];
+    pack.tokens = tokens_;
+    pack.cols = cols_;
+    packed_bf16_ = pack.packed_x =
+        context_.workspace.allocate(static_cast<size_t>(needed.packed_x));
+    for_token_tiles(
+        [&](int64_t begin, int64_t end) { kernels_.gemm_bf16_pack_x(pack, begin, end); });
+    return packed_bf16_;
+  }
+
+  QuantizedActivations quantized() {
+    scratch_bytes_ = std::max(scratch_bytes_, cpu::gemm_quantized_scratch(cols_));
+    if (quantized_.codes != nullptr) return quantized_;
+    const int64_t groups = tokens_ * group_count(cols_) + cpu::kTokenTile;
+    quantized_.codes = context_.workspace.allocate_array<int8_t>(groups * kGroupSize);
+    quantized_.scale = context_.workspace.allocate_array<float>(groups);
+    quantized_.negative_sum = context_.workspace.allocate_array<int32_t>(groups);
+    quantized_.scaled_sum = context_.workspace.allocate_array<float>(groups);
+    quantized_.tokens = tokens_;
+    const QuantizeActivationsArgs args{quantized_, x_.as<float>(), cols_, x_.stride[0]};
+    context_.pool.parallel_for(tokens_, cpu::kTokenTile, [&](int64_t begin, int64_t end, int) {
+      kernels_.quantize_activations(args, begin, end);
+    });
+    return quantized_;
+  }
+
+  FoldedActivations folded() {
+    scratch_bytes_ = std::max(scratch_bytes_, cpu::gemm_folded_scratch(cols_));
+    if (folded_.codes != nullptr) return folded_;
+    const int64_t tokens = token_tiles() * cpu::kTokenTile;
+    folded_.codes = context_.workspace.allocate_array<int8_t>(tokens * cpu::folded_cols(cols_));
+    folded_.scale = context_.workspace.allocate_array<float>(tokens * cpu::folded_blocks(cols_));
+    folded_.tokens = tokens_;
+    const FoldActivationsArgs args{folded_, x_.as<float>(), cols_, x_.stride[0]};
+    for_token_tiles(
+        [&](int64_t begin, int64_t end) { kernels_.fold_activations(args, begin, end); });
+    return folded_;
+  }
+
+ private:
+  int64_t token_tiles() const { return (tokens_ + cpu::kTokenTile - 1) / cpu::kTokenTile; }
+
+  template <class Fn>
+  void for_token_tiles(Fn&& fn) {
+    context_.pool.parallel_for(token_tiles(), 1,
+                               [&](int64_t begin, int64_t end, int) { fn(begin, end); });
+  }
+
+  const TensorView& x_;
+  int64_t tokens_, cols_;
+  const ExecContext& context_;
+  const cpu::CpuKernels& kernels_ = cpu::active_cpu_kernels();
+  int64_t scratch_bytes_ = 0;
+  void* packed_bf16_ = nullptr;
+  QuantizedActivations quantized_{};
+  FoldedActivations folded_{};
+};
+
+/// What the three families of arguments have in common.
+template <class Args>
+Args common_args(const TensorView& out, const LinearSegment& segment, Epilogue epilogue) {
+  Args args{};
   args.out = out.as<float>() + segment.out_offset;
-  args.x = x.as<float>();
   args.weight = segment.weight.data;
   args.bias = segment.bias;
-  args.tokens = x.shape[0];
   args.rows = segment.weight.rows;
-  args.cols = x.shape[1];
+  args.cols = segment.weight.cols;
   args.out_stride = out.stride[0];
-  args.x_stride = x.stride[0];
-  args.weight_stride = segment.weight.row_stride;
   args.add = epilogue == Epilogue::Add;
   return args;
+}
+
+/// The job of one segment, its units counted from `unit`.
+Job make_job(const TensorView& out, const TensorView& x, const LinearSegment& segment,
+             Epilogue epilogue, bool invariant, Inputs& inputs, int64_t unit) {
+  const cpu::CpuKernels& kernels = inputs.kernels();
+  const WeightFormat format = segment.weight.format;
+  const int64_t tokens = x.shape[0], panels = panel_count(segment.weight.rows);
+  if (!is_quantized(format)) {
+    const bool narrow = format == WeightFormat::BF16;
+    auto args = common_args<GemmFloatArgs>(out, segment, epilogue);
+    args.x = x.as<float>();
+    args.x_stride = x.stride[0];
+    args.tokens = tokens;
+    args.weight_stride = segment.weight.row_stride;
+    if (narrow) args.packed_x = inputs.packed_bf16();
+    return {Kernel<GemmFloatArgs>{narrow ? kernels.gemm_bf16 : kernels.gemm_f32, args}, unit,
+            unit + panels};
+  }
+  if (format != WeightFormat::Int8 && !invariant && tokens >= kFoldedTokens && x.shape[1] > 0 &&
+      kernels.gemm_int4_folded != nullptr) {
+    auto args = common_args<GemmFoldedArgs>(out, segment, epilogue);
+    args.x = inputs.folded();
+    args.format = format;
+    constexpr int64_t kPair = 2 * cpu::kTokenTile;
+    const int64_t fitting =
+        std::max(kFoldedChunkBytes / std::max<int64_t>(cpu::folded_cols(args.cols), 1), kPair);
+    const int64_t wanted = (tokens + fitting - 1) / fitting;
+    args.chunk_tokens = ((tokens + wanted - 1) / wanted + kPair - 1) / kPair * kPair;
+    const int64_t chunks = (tokens + args.chunk_tokens - 1) / args.chunk_tokens;
+    return {Kernel<GemmFoldedArgs>{kernels.gemm_int4_folded, args}, unit, unit + chunks * panels};
+  }
+  auto args = common_args<GemmQuantizedArgs>(out, segment, epilogue);
+  args.x = inputs.quantized();
+  args.format = format;
+  return {Kernel<GemmQuantizedArgs>{
+              format == WeightFormat::Int8 ? kernels.gemm_int8 : kernels.gemm_int4, args},
+          unit, unit + panels};
+}
+
+/// Units per chunk: up to four chunks per thread, but no thread with more units than fewer chunks
+/// would give it.
+int64_t balanced_chunk(int64_t units, int threads) {
+  int64_t best = units, least = units + 1;
+  for (int64_t per_thread = 4; per_thread >= 1; --per_thread) {
+    const int64_t chunk = (units + threads * per_thread - 1) / (threads * per_thread);
+    const int64_t chunks = (units + chunk - 1) / chunk;
+    const int64_t longest = (chunks + threads - 1) / threads * chunk;
+    if (longest < least) {
+      least = longest;
+      best = chunk;
+    }
+  }
+  return best;
 }
 
 }  // namespace
 
 void linear(const TensorView& out, const TensorView& x, std::span<const LinearSegment> segments,
-            Epilogue epilogue, bool /*invariant*/, const ExecContext& context) {
+            Epilogue epilogue, bool invariant, const ExecContext& context) {
   constexpr const char* kOp = "linear";
   QN_CHECK(x.rank == 2 && x.dtype == DType::F32, "[linear] x is ", x.describe(),
            ", expected f32[tokens, cols]");
@@ -69,56 +205,38 @@ void linear(const TensorView& out, const TensorView& x, std::span<const LinearSe
            "[linear] out is ", out.describe(), ", expected f32[", x.shape[0], ", rows]");
   check_dense_rows(kOp, "x", x);
   check_dense_rows(kOp, "out", out);
-  const int64_t tokens = x.shape[0], cols = x.shape[1];
-  const cpu::CpuKernels& kernels = cpu::active_cpu_kernels();
-  const Workspace::Scope scope(context.workspace);
-
-  std::vector<Job> jobs;
-  int64_t blocks = 0;
-  bool has_bf16 = false;
-  for (size_t i = 0; i < segments.size(); ++i) {
-    const LinearSegment& segment = segments[i];
-    check_segment(out, x, segment, i);
-    const WeightFormat format = segment.weight.format;
-    QN_CHECK(!is_quantized(format), "[linear] weight ", i, " is quantised, expected f32 or bf16");
-    has_bf16 = has_bf16 || format == WeightFormat::BF16;
-    const int64_t end_block = blocks + panel_count(segment.weight.rows);
-    jobs.push_back({format == WeightFormat::BF16 ? kernels.gemm_bf16 : kernels.gemm_f32,
-                    float_args(out, x, segment, epilogue), blocks, end_block});
-    blocks = end_block;
-  }
+  for (size_t i = 0; i < segments.size(); ++i) check_segment(out, x, segments[i], i);
   check_disjoint(segments);
-  if (tokens == 0) return;
+  if (x.shape[0] == 0) return;
 
-  // Each form of x is made once for all segments.
-  const GemmWorkspace needed =
-      has_bf16 ? kernels.gemm_bf16_workspace(tokens, cols) : GemmWorkspace{};
-  if (needed.packed_x > 0) {
-    GemmFloatArgs pack{};
-    pack.x = x.as<float>();
-    pack.x_stride = x.stride[0];
-    pack.tokens = tokens;
-    pack.cols = cols;
-    pack.packed_x = context.workspace.allocate(static_cast<size_t>(needed.packed_x));
-    context.pool.parallel_for(
-        (tokens + cpu::kTokenTile - 1) / cpu::kTokenTile, 1,
-        [&](int64_t begin, int64_t end, int) { kernels.gemm_bf16_pack_x(pack, begin, end); });
-    for (Job& job : jobs) job.args.packed_x = pack.packed_x;
+  const Workspace::Scope scope(context.workspace);
+  Inputs inputs(x, context);
+  std::vector<Job> jobs;
+  jobs.reserve(segments.size());
+  int64_t units = 0;
+  for (const LinearSegment& segment : segments) {
+    jobs.push_back(make_job(out, x, segment, epilogue, invariant, inputs, units));
+    units = jobs.back().end_unit;
   }
-  char* scratch = nullptr;
-  if (needed.per_thread > 0) {
-    scratch = context.workspace.allocate_array<char>(needed.per_thread * context.pool.threads());
-  }
+  if (units == 0) return;
+  const int64_t scratch_bytes = (inputs.scratch_bytes() + 63) / 64 * 64;
+  const int threads = context.pool.threads();
+  char* scratch = context.workspace.allocate_array<char>(scratch_bytes * threads);
 
-  context.pool.parallel_for(blocks, 1, [&](int64_t begin, int64_t end, int thread) {
-    for (const Job& job : jobs) {
-      const int64_t first = std::max(begin, job.first_block), last = std::min(end, job.end_block);
-      if (first >= last) continue;
-      GemmFloatArgs args = job.args;
-      args.scratch = scratch + thread * needed.per_thread;
-      job.kernel(args, first - job.first_block, last - job.first_block);
-    }
-  });
+  context.pool.parallel_for(
+      units, balanced_chunk(units, threads), [&](int64_t begin, int64_t end, int thread) {
+        for (const Job& job : jobs) {
+          const int64_t first = std::max(begin, job.first_unit), last = std::min(end, job.end_unit);
+          if (first >= last) continue;
+          std::visit(
+              [&](const auto& kernel) {
+                auto args = kernel.args;
+                args.scratch = scratch + thread * scratch_bytes;
+                kernel.run(args, first - job.first_unit, last - job.first_unit);
+              },
+              job.kernel);
+        }
+      });
 }
 
 }  // namespace qn::ops

@@ -10,6 +10,25 @@ namespace qn::cpu {
 /// Tokens that share a tile of packed activations.
 constexpr int64_t kTokenTile = 16;
 
+/// Folded activations: columns padded to whole tiles, and blocks of columns that share a scale.
+constexpr int64_t kFoldedTileCols = 64;
+constexpr int64_t kFoldedBlockCols = 1024;
+constexpr int64_t folded_cols(int64_t cols) {
+  return (cols + kFoldedTileCols - 1) / kFoldedTileCols * kFoldedTileCols;
+}
+constexpr int64_t folded_blocks(int64_t cols) {
+  return (cols + kFoldedBlockCols - 1) / kFoldedBlockCols;
+}
+
+/// Scratch bytes of a thread: one panel as int8 with float scales and mins.
+constexpr int64_t gemm_quantized_scratch(int64_t cols) {
+  return group_count(cols) * kPanelRows * (kGroupSize + 2 * 4);
+}
+/// Two panels as int8, and the sums and totals of 32 x 32 results.
+constexpr int64_t gemm_folded_scratch(int64_t cols) {
+  return 2 * kPanelRows * folded_cols(cols) + 2 * 32 * 32 * 4;
+}
+
 struct CpuKernels {
   void (*rms_norm)(const RmsNormArgs&, int64_t begin, int64_t end);  // rows
   void (*rope)(const RopeArgs&, int64_t begin, int64_t end);         // tokens
@@ -32,6 +51,16 @@ struct CpuKernels {
   void (*kv_append)(const KvAppendArgs&, int64_t begin, int64_t end);  // items x kv heads
   void (*attention)(const AttentionArgs&, int64_t begin, int64_t end, void* scratch);  // items
   void (*attention_merge)(const AttentionArgs&, int64_t begin, int64_t end);           // items
+  void (*quantize_activations)(const QuantizeActivationsArgs&, int64_t begin,
+                               int64_t end);                                // tokens
+  void (*gemm_int8)(const GemmQuantizedArgs&, int64_t begin, int64_t end);  // panels
+  void (*gemm_int4)(const GemmQuantizedArgs&, int64_t begin,
+                    int64_t end);  // panels, both 4-bit formats
+
+  // Null where the level has no such kernel: the exact one is as fast there.
+  void (*fold_activations)(const FoldActivationsArgs&, int64_t begin,
+                           int64_t end);  // tiles of 16 tokens
+  void (*gemm_int4_folded)(const GemmFoldedArgs&, int64_t begin, int64_t end);  // chunks x panels
 };
 
 }  // namespace qn::cpu
@@ -58,6 +87,11 @@ void gemm_bf16_pack_x(const GemmFloatArgs& args, int64_t begin, int64_t end);
 void kv_append(const KvAppendArgs& args, int64_t begin, int64_t end);
 void attention(const AttentionArgs& args, int64_t begin, int64_t end, void* scratch);
 void attention_merge(const AttentionArgs& args, int64_t begin, int64_t end);
+void quantize_activations(const QuantizeActivationsArgs& args, int64_t begin, int64_t end);
+void gemm_int8(const GemmQuantizedArgs& args, int64_t begin, int64_t end);
+void gemm_int4(const GemmQuantizedArgs& args, int64_t begin, int64_t end);
+void fold_activations(const FoldActivationsArgs& args, int64_t begin, int64_t end);
+void gemm_int4_folded(const GemmFoldedArgs& args, int64_t begin, int64_t end);
 
 }  // namespace qn::cpu::QN_ISA
 #endif

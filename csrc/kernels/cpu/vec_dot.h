@@ -1,0 +1,277 @@
+// Integer dot products of quantised weights (unsigned codes) with quantised activations (int8),
+// sixteen rows at a time, and the conversions around them.
+//
+//   Codes                   64 bytes of a block: four columns of sixteen rows; low() and high()
+//                           split 4-bit codes
+//   GroupSum<bits>          exact sum over one group: start(-sum of the activations) subtracts the
+//                           codes' offset, add() takes four activations at x times the codes,
+//                           value() is the int32 result as float
+//   load_halfs, load_bytes  sixteen scales (binary16, uint8) as floats
+//   max_magnitude(a, b)     bits of the largest |lane|; NaN and infinity exceed all numbers
+//   store_rounded(x, p)     lanes to the nearest integers (ties to even) as int8; returns their sum
+//
+// Ranges: |activation| <= 127, |code - 128| <= 128, codes of 4 bits <= 15. At 4 bits the eight
+// products of a 16-bit lane stay below 8 * 2 * 15 * 127 = 30480; at 8 bits one pair stays below 2 *
+// 128 * 127 = 32512. Nothing saturates.
+#pragma once
+#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/vec.h"
+
+namespace qn::cpu::QN_ISA {
+
+/// Where a token's groups are in QuantizedActivations: elements first, first + stride, ...
+struct ActivationSlot {
+  int64_t first, stride;
+};
+
+QN_INLINE ActivationSlot activation_slot(int64_t token, int64_t tokens, int64_t groups) {
+  const int64_t block_begin = token / kTokenTile * kTokenTile;
+  const int64_t left = tokens - block_begin;
+  return {block_begin * groups + token - block_begin, left < kTokenTile ? left : kTokenTile};
+}
+
+/// How activations whose largest magnitude has these bits become int8: code = round(x * inverse).
+/// Magnitudes below 1e-36 become zeros (127 / them would overflow); with a NaN or an infinity among
+/// them (finite = false) the scale is NaN, so that every result made from them is NaN, and the
+/// codes have to be zeros.
+struct ActivationScale {
+  float scale, inverse;
+  bool finite;
+};
+
+QN_INLINE ActivationScale activation_scale(int32_t largest_bits) {
+  if (largest_bits >= 0x7f800000) return {__builtin_nanf(""), 0.0f, false};
+  float largest;
+  memcpy(&largest, &largest_bits, sizeof largest);
+  if (largest < 1e-36f) return {0.0f, 0.0f, true};
+  return {largest / 127.0f, 127.0f / largest, true};
+}
+
+#if QN_ISA_LEVEL >= 2
+
+struct Codes {
+  __m512i v;
+  static QN_INLINE Codes load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+  QN_INLINE Codes low() const { return {_mm512_and_si512(v, _mm512_set1_epi8(15))}; }
+  QN_INLINE Codes high() const {
+    return {_mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15))};
+  }
+};
+
+template <int kBits>
+struct GroupSum {
+  __m512i sum;
+  QN_INLINE void start(int32_t negative_sum) {
+    sum = _mm512_slli_epi32(_mm512_set1_epi32(negative_sum), kBits - 1);
+  }
+  QN_INLINE void add(Codes codes, const int8_t* x) {
+    int32_t dword;
+    memcpy(&dword, x, sizeof dword);
+    sum = _mm512_dpbusd_epi32(sum, codes.v, _mm512_set1_epi32(dword));
+  }
+  QN_INLINE Vec value() const { return _mm512_cvtepi32_ps(sum); }
+};
+
+QN_INLINE Vec load_halfs(const uint8_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+QN_INLINE Vec load_bytes(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(
+      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+
+QN_INLINE int32_t max_magnitude(Vec a, Vec b) {
+  const __m512i x = _mm512_castps_si512(_mm512_abs_ps(a.v));
+  const __m512i y = _mm512_castps_si512(_mm512_abs_ps(b.v));
+  return _mm512_reduce_max_epi32(_mm512_max_epi32(x, y));
+}
+
+QN_INLINE int32_t store_rounded(Vec x, int8_t* p) {
+  const __m512i rounded = _mm512_cvtps_epi32(x.v);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(rounded));
+  return _mm512_reduce_add_epi32(rounded);
+}
+
+#elif QN_ISA_LEVEL == 1
+
+struct Codes {
+  __m256i lo, hi;
+  static QN_INLINE Codes load(const uint8_t* p) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
+  }
+  QN_INLINE Codes low() const {
+    const __m256i mask = _mm256_set1_epi8(15);
+    return {_mm256_and_si256(lo, mask), _mm256_and_si256(hi, mask)};
+  }
+  QN_INLINE Codes high() const {
+    return Codes{_mm256_srli_epi16(lo, 4), _mm256_srli_epi16(hi, 4)}.low();
+  }
+};
+
+QN_INLINE __m256i broadcast4(const int8_t* x) {
+  int32_t dword;
+  memcpy(&dword, x, sizeof dword);
+  return _mm256_set1_epi32(dword);
+}
+
+template <int kBits>
+struct GroupSum;
+
+/// Sums of pairs in 16-bit lanes, widened once per group.
+template <>
+struct GroupSum<4> {
+  __m256i lo, hi;
+  int32_t offset;
+  QN_INLINE void start(int32_t negative_sum) {
+    lo = hi = _mm256_setzero_si256();
+    offset = 8 * negative_sum;
+  }
+  QN_INLINE void add(Codes codes, const int8_t* x) {
+    const __m256i four = broadcast4(x);
+    lo = _mm256_add_epi16(lo, _mm256_maddubs_epi16(codes.lo, four));
+    hi = _mm256_add_epi16(hi, _mm256_maddubs_epi16(codes.hi, four));
+  }
+  QN_INLINE Vec value() const {
+    const __m256i ones = _mm256_set1_epi16(1), first = _mm256_set1_epi32(offset);
+    return {_mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_madd_epi16(lo, ones), first)),
+            _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_madd_epi16(hi, ones), first))};
+  }
+};
+
+/// |code - 128| times the activation with the sign of code - 128, so that no pair saturates; the
+/// offset is gone too.
+template <>
+struct GroupSum<8> {
+  __m256i lo, hi;
+  QN_INLINE void start(int32_t) { lo = hi = _mm256_setzero_si256(); }
+  QN_INLINE void add(Codes codes, const int8_t* x) {
+    const __m256i four = broadcast4(x);
+    lo = _mm256_add_epi32(lo, dot(codes.lo, four));
+    hi = _mm256_add_epi32(hi, dot(codes.hi, four));
+  }
+  QN_INLINE Vec value() const { return {_mm256_cvtepi32_ps(lo), _mm256_cvtepi32_ps(hi)}; }
+
+ private:
+  static QN_INLINE __m256i dot(__m256i codes, __m256i x) {
+    const __m256i weight = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
+    const __m256i pairs =
+        _mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(x, weight));
+    return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  }
+};
+
+QN_INLINE Vec load_halfs(const uint8_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+          _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)))};
+}
+QN_INLINE Vec load_bytes(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
+          _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+
+QN_INLINE int32_t max_magnitude(Vec a, Vec b) {
+  const __m256i mask = _mm256_set1_epi32(0x7fffffff);
+  const auto magnitude = [mask](__m256 x) {
+    return _mm256_and_si256(_mm256_castps_si256(x), mask);
+  };
+  const __m256i eight = _mm256_max_epi32(_mm256_max_epi32(magnitude(a.lo), magnitude(a.hi)),
+                                         _mm256_max_epi32(magnitude(b.lo), magnitude(b.hi)));
+  __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xB1));
+  return _mm_cvtsi128_si32(four);
+}
+
+QN_INLINE int32_t store_rounded(Vec x, int8_t* p) {
+  const __m256i lo = _mm256_cvtps_epi32(x.lo), hi = _mm256_cvtps_epi32(x.hi);
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(lo, hi), 0xD8);
+  const __m128i bytes =
+      _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+  const __m256i eight = _mm256_add_epi32(lo, hi);
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0xB1));
+  return _mm_cvtsi128_si32(four);
+}
+
+#else
+
+struct Codes {
+  uint8_t byte[64];
+  static QN_INLINE Codes load(const uint8_t* p) {
+    Codes c;
+    memcpy(c.byte, p, sizeof c.byte);
+    return c;
+  }
+  QN_INLINE Codes low() const {
+    Codes c;
+    for (int i = 0; i < 64; ++i) c.byte[i] = byte[i] & 15;
+    return c;
+  }
+  QN_INLINE Codes high() const {
+    Codes c;
+    for (int i = 0; i < 64; ++i) c.byte[i] = byte[i] >> 4;
+    return c;
+  }
+};
+
+template <int kBits>
+struct GroupSum {
+  int32_t lane[16];
+  QN_INLINE void start(int32_t negative_sum) {
+    for (int32_t& l : lane) l = negative_sum * (1 << (kBits - 1));
+  }
+  QN_INLINE void add(const Codes& codes, const int8_t* x) {
+    for (int i = 0; i < 64; ++i) lane[i / 4] += codes.byte[i] * x[i % 4];
+  }
+  QN_INLINE Vec value() const {
+    Vec v;
+    for (int i = 0; i < 16; ++i) v.lane[i] = static_cast<float>(lane[i]);
+    return v;
+  }
+};
+
+QN_INLINE Vec load_halfs(const uint8_t* p) {
+  Vec v;
+  for (int i = 0; i < 16; ++i) {
+    uint16_t half;
+    memcpy(&half, p + 2 * i, sizeof half);
+    v.lane[i] = math::QN_ISA::half_to_float(half);
+  }
+  return v;
+}
+QN_INLINE Vec load_bytes(const uint8_t* p) {
+  Vec v;
+  for (int i = 0; i < 16; ++i) v.lane[i] = static_cast<float>(p[i]);
+  return v;
+}
+
+QN_INLINE int32_t max_magnitude(Vec a, Vec b) {
+  int32_t largest = 0;
+  const Vec both[2] = {a, b};
+  for (const Vec& v : both) {
+    for (const float& lane : v.lane) {
+      int32_t bits;
+      memcpy(&bits, &lane, sizeof bits);
+      bits &= 0x7fffffff;
+      largest = largest > bits ? largest : bits;
+    }
+  }
+  return largest;
+}
+
+QN_INLINE int32_t store_rounded(Vec x, int8_t* p) {
+  int32_t total = 0;
+  for (int i = 0; i < 16; ++i) {
+    p[i] = static_cast<int8_t>(nearbyintf(x.lane[i]));
+    total += p[i];
+  }
+  return total;
+}
+
+#endif
+
+}  // namespace qn::cpu::QN_ISA

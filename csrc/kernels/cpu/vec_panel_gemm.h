@@ -1,0 +1,193 @@
+// The exact GEMM of the quantised formats, one template for all levels; gemm_int8.cpp and
+// gemm_int4.cpp instantiate it.
+//
+//   y = 0
+//   for each group in order: y = fma(float(sum of (code - offset) * x code), scale * x scale, y)
+//   result = y + bias
+//
+//   Int4: weight = row_scale * scale * (code - 8) + offset
+//   with offset = row_scale * scale * 8 - row_min * min
+//   z = 0; for each group: y as above, z = fma(offset, x scale * sum of x codes, z)
+//   result = fma(row_scale, y, z) + bias
+//
+// The sums are exact and every element sees the same float operations in the same order whatever
+// the number of tokens, so its bits do not depend on the batch. (Int4 is centred like that because
+// sums of uncentred codes and of mins are large and nearly cancel.) Tokens go through registers
+// kTokens at a time while a panel stays in L1 or L2. A single token walks kStreams panels at once:
+// one sequential stream per core does not fill the queue of outstanding cache misses. Weights are
+// prefetched 3 KB ahead, also over the end of a panel into the next one.
+#pragma once
+#include "kernels/cpu/vec_dot.h"
+
+namespace qn::cpu::QN_ISA {
+
+struct Int8Panel {
+  static constexpr int kBits = 8;
+  static constexpr int64_t kHeader = 0;
+  static constexpr int64_t kBlock = kInt8BlockBytes;
+  static constexpr bool kHasMin = false;
+};
+
+struct Int4SymmetricPanel {
+  static constexpr int kBits = 4;
+  static constexpr int64_t kHeader = sizeof(PanelHeader);
+  static constexpr int64_t kBlock = kInt4BlockBytes;
+  static constexpr bool kHasMin = false;
+};
+
+struct Int4Panel {
+  static constexpr int kBits = 4;
+  static constexpr int64_t kHeader = sizeof(PanelHeader);
+  static constexpr int64_t kBlock = kInt4BlockBytes;
+  static constexpr bool kHasMin = true;
+};
+
+constexpr int kHalves = 2;
+constexpr int kStreams = QN_ISA_LEVEL >= 1 ? 4 : 1;
+constexpr int kTokensPerBlock = QN_ISA_LEVEL == 1 ? 4 : 8;
+constexpr int64_t kPrefetchBytes = 3072;
+constexpr int64_t kActivationBytesPerPass = 1 << 20;  // what stays in L2 beside a panel
+
+/// Of the weights of a group of sixteen rows whose code is 8; scale and min as stored.
+QN_INLINE Vec int4_offset(Vec scale, Vec min, const PanelHeader* header, int half) {
+  const Vec row_scale = Vec::load(header->row_scale + half * kHalfPanelRows);
+  const Vec row_min = Vec::load(header->row_min + half * kHalfPanelRows);
+  return fma(scale, Vec(8.0f) * row_scale, Vec::zero() - row_min * min);
+}
+
+/// Adds the products of one half of a block with one group of kTokens tokens; x [kTokens][32].
+template <class Format, int kTokens>
+QN_INLINE void add_group(const uint8_t* codes, const int8_t* x, GroupSum<Format::kBits>* sums) {
+  constexpr int kVectors = Format::kBits * 32 * kHalfPanelRows / 8 / 64;
+#pragma GCC unroll 8
+  for (int i = 0; i < kVectors; ++i) {
+    const Codes loaded = Codes::load(codes + 64 * i);
+    if constexpr (Format::kBits == 8) {
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) sums[t].add(loaded, x + t * kGroupSize + 4 * i);
+    } else {
+      const Codes low = loaded.low(), high = loaded.high();
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) {
+        sums[t].add(low, x + t * kGroupSize + 8 * i);
+        sums[t].add(high, x + t * kGroupSize + 8 * i + 4);
+      }
+    }
+  }
+}
+
+/// The results of kTokens consecutive tokens of one activation block with the panels first, first +
+/// step, ...
+template <class Format, int kPanels, int kTokens>
+QN_INLINE void gemm_block(const GemmQuantizedArgs& a, int64_t first, int64_t step, int64_t token) {
+  const int64_t groups = group_count(a.cols);
+  const int64_t panel_size = Format::kHeader + groups * Format::kBlock;
+  const ActivationSlot slot = activation_slot(token, a.x.tokens, groups);
+  const uint8_t* panels = static_cast<const uint8_t*>(a.weight) + first * panel_size;
+
+  const auto header = [&](int p) {
+    return reinterpret_cast<const PanelHeader*>(panels + p * step * panel_size);
+  };
+
+  Vec y[kPanels][kHalves][kTokens];
+  Vec z[kPanels][kHalves][kTokens];
+  for (int p = 0; p < kPanels; ++p) {
+    for (int h = 0; h < kHalves; ++h) {
+      for (int t = 0; t < kTokens; ++t) y[p][h][t] = z[p][h][t] = Vec::zero();
+    }
+  }
+
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t at = slot.first + g * slot.stride;
+    const int8_t* x = a.x.codes + at * kGroupSize;
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p) {
+      const uint8_t* block = panels + p * step * panel_size + Format::kHeader + g * Format::kBlock;
+#pragma GCC unroll 17
+      for (int64_t i = 0; i < Format::kBlock; i += 64) {
+        __builtin_prefetch(block + kPrefetchBytes + i, 0, 3);
+      }
+#pragma GCC unroll 2
+      for (int h = 0; h < kHalves; ++h) {
+        GroupSum<Format::kBits> sums[kTokens];
+        for (int t = 0; t < kTokens; ++t) sums[t].start(a.x.negative_sum[at + t]);
+        constexpr int64_t kHalfCodes = (Format::kBlock - kScaleBytes) / kHalves;
+        add_group<Format, kTokens>(block + kScaleBytes + h * kHalfCodes, x, sums);
+        if constexpr (Format::kHasMin) {
+          const Vec scale = load_bytes(block + 16 * h);
+          const Vec offset = int4_offset(scale, load_bytes(block + 32 + 16 * h), header(p), h);
+#pragma GCC unroll 8
+          for (int t = 0; t < kTokens; ++t) {
+            y[p][h][t] = fma(sums[t].value(), scale * Vec(a.x.scale[at + t]), y[p][h][t]);
+            z[p][h][t] = fma(offset, Vec(a.x.scaled_sum[at + t]), z[p][h][t]);
+          }
+        } else {
+          const Vec scale = load_halfs(block + 32 * h);
+#pragma GCC unroll 8
+          for (int t = 0; t < kTokens; ++t) {
+            y[p][h][t] = fma(sums[t].value(), scale * Vec(a.x.scale[at + t]), y[p][h][t]);
+          }
+        }
+      }
+    }
+  }
+
+  for (int p = 0; p < kPanels; ++p) {
+    for (int h = 0; h < kHalves; ++h) {
+      const int64_t row = (first + p * step) * kPanelRows + h * kHalfPanelRows;
+      if (row >= a.rows) continue;
+      const int n = a.rows - row < Vec::kLanes ? static_cast<int>(a.rows - row) : Vec::kLanes;
+      for (int t = 0; t < kTokens; ++t) {
+        Vec result = y[p][h][t];
+        if constexpr (Format::kHasMin) {
+          const Vec row_scale = Vec::load(header(p)->row_scale + h * kHalfPanelRows);
+          result = fma(row_scale, result, z[p][h][t]);
+        }
+        if (a.bias != nullptr) result = result + Vec::load(a.bias + row, n);
+        float* out = a.out + (token + t) * a.out_stride + row;
+        if (a.add) result = Vec::load(out, n) + result;
+        result.store(out, n);
+      }
+    }
+  }
+}
+
+template <class Format, int kTokens>
+void gemm_tokens(const GemmQuantizedArgs& a, int64_t panel, int64_t token, int64_t end) {
+  for (; token + kTokens <= end; token += kTokens) {
+    gemm_block<Format, 1, kTokens>(a, panel, 1, token);
+  }
+  if constexpr (kTokens > 1) {
+    if (token < end) gemm_tokens<Format, kTokens / 2>(a, panel, token, end);
+  }
+}
+
+/// One token: the panels are cut into kStreams runs that are walked side by side.
+template <class Format>
+void gemv(const GemmQuantizedArgs& a, int64_t begin, int64_t end) {
+  const int64_t run = (end - begin) / kStreams;
+  for (int64_t i = 0; i < run; ++i) gemm_block<Format, kStreams, 1>(a, begin + i, run, 0);
+  for (int64_t p = begin + run * kStreams; p < end; ++p) gemm_block<Format, 1, 1>(a, p, 1, 0);
+}
+
+/// Panels [begin, end).
+template <class Format>
+void gemm_panels(const GemmQuantizedArgs& a, int64_t begin, int64_t end) {
+  if (a.x.tokens == 1) return gemv<Format>(a, begin, end);
+  const int64_t row_bytes = group_count(a.cols) * kGroupSize;
+  const int64_t fitting = kActivationBytesPerPass / (row_bytes * kTokenTile + 1);
+  const int64_t pass = (fitting > 1 ? fitting : 1) * kTokenTile;
+  for (int64_t pass_begin = 0; pass_begin < a.x.tokens; pass_begin += pass) {
+    const int64_t left = a.x.tokens - pass_begin;
+    const int64_t pass_end = pass_begin + (left < pass ? left : pass);
+    for (int64_t panel = begin; panel < end; ++panel) {
+      for (int64_t token = pass_begin; token < pass_end; token += kTokenTile) {
+        const int64_t rest = pass_end - token;
+        gemm_tokens<Format, kTokensPerBlock>(a, panel, token,
+                                             token + (rest < kTokenTile ? rest : kTokenTile));
+      }
+    }
+  }
+}
+
+}  // namespace qn::cpu::QN_ISA
