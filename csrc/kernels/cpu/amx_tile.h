@@ -44,30 +44,31 @@ class TileScope {
   }
 };
 
-/// out[j] = column j of the row-major 16 x 16 dwords at `in`. The first half of the work is done by
-/// inserts from memory, which leave the shuffle port to the second half.
-inline __attribute__((always_inline)) void transpose16(const float* in, __m512 out[16]) {
-  const auto quarters = [in](int row,
-                             int column) {  // rows row, row + 4, + 8, + 12, four columns each
-    const float* p = in + row * 16 + column;
+/// out[j] = column j of the row-major 16 rows at `in`, which are 16 dwords apart; four columns. The
+/// inserts take their operand from memory and leave the shuffle port to the rest.
+inline __attribute__((always_inline)) void transpose4(const float* in, __m512 out[4]) {
+  const auto every_fourth = [in](int row) {  // four columns of rows row, row + 4, + 8, + 12
+    const float* p = in + row * 16;
     __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));
     v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 4 * 16), 1);
     v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 8 * 16), 2);
     return _mm512_insertf32x4(v, _mm_loadu_ps(p + 12 * 16), 3);
   };
-#pragma GCC unroll 4
-  for (int column = 0; column < 16; column += 4) {
-    const __m512 r0 = quarters(0, column), r1 = quarters(1, column);
-    const __m512 r2 = quarters(2, column), r3 = quarters(3, column);
-    const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(r0, r1));
-    const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(r0, r1));
-    const __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(r2, r3));
-    const __m512d high23 = _mm512_castps_pd(_mm512_unpackhi_ps(r2, r3));
-    out[column + 0] = _mm512_castpd_ps(_mm512_unpacklo_pd(low01, low23));
-    out[column + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low01, low23));
-    out[column + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23));
-    out[column + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high01, high23));
-  }
+  const __m512 r0 = every_fourth(0), r1 = every_fourth(1);
+  const __m512 r2 = every_fourth(2), r3 = every_fourth(3);
+  const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(r0, r1));
+  const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(r0, r1));
+  const __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(r2, r3));
+  const __m512d high23 = _mm512_castps_pd(_mm512_unpackhi_ps(r2, r3));
+  out[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(low01, low23));
+  out[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low01, low23));
+  out[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23));
+  out[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high01, high23));
+}
+
+/// out[j] = column j of the row-major 16 x 16 dwords at `in`.
+inline __attribute__((always_inline)) void transpose16(const float* in, __m512 out[16]) {
+  for (int column = 0; column < 16; column += 4) transpose4(in + column, out + column);
 }
 
 }  // namespace qn::cpu::QN_ISA

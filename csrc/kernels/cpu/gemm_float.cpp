@@ -176,11 +176,15 @@ struct PanelSource {
   const bf16* tail;   // one more step, packed, or null
 };
 
-/// Lines of a later panel to prefetch, a few rows per step.
+/// What to prefetch while a block is multiplied: at each step `count` lines of a later panel, and
+/// the place of one token's results.
 struct Prefetch {
   const bf16* rows;
   int64_t stride;
   int64_t count;
+  const float* out;
+  int64_t out_stride;
+  int64_t tokens;
 };
 
 // Tiles: 0 1 = rows 0..15, 2 3 = rows 16..31 of C^T; 4 5 = weights; 6 7 = x.
@@ -207,8 +211,13 @@ QN_INLINE void accumulate(const PanelSource& w, const PackedX& x, int64_t tile, 
   const int64_t x_step = x.step_elements();
   const int64_t pair_bytes = x.tile_tokens * 4;
   for (int64_t s = 0; s < w.steps; ++s) {
-    for (int64_t r = 0; r < next.count; ++r)
+    for (int64_t r = 0; r < next.count; ++r) {
       __builtin_prefetch(next.rows + r * next.stride + s * kStep, 0, 2);
+    }
+    if (s < next.tokens) {
+      __builtin_prefetch(next.out + s * next.out_stride, 1);
+      __builtin_prefetch(next.out + s * next.out_stride + 16, 1);
+    }
     product_step<kTokenTiles>(w.rows + s * w.step, w.second + s * w.step, w.row_bytes,
                               x0 + s * x_step, x1 + s * x_step, pair_bytes);
   }
@@ -247,22 +256,28 @@ QN_INLINE void take_sums(float* sums, bool first_block) {
   }
 }
 
-/// out for up to 32 rows x 32 tokens.
+/// out for up to 32 rows x 32 tokens; the 128 bytes of a token are written together.
 QN_INLINE void write_out(const GemmFloatArgs& a, int64_t row, int64_t token, const float* sums) {
-  for (int64_t half = 0; half < 2 && row + half * 16 < a.rows; ++half) {
-    const int64_t first = row + half * 16;
-    const int n = static_cast<int>(smaller(16, a.rows - first));
-    const Vec bias = a.bias != nullptr ? Vec::load(a.bias + first, n) : Vec::zero();
-    for (int64_t tile = 0; tile < 2 && token + tile * 16 < a.tokens; ++tile) {
-      const int64_t first_token = token + tile * 16;
-      const int64_t count = smaller(16, a.tokens - first_token);
-      __m512 columns[16];
-      transpose16(sums + half * 512 + tile * 256, columns);
-      float* out = a.out + first_token * a.out_stride + first;
-      for (int64_t t = 0; t < count; ++t, out += a.out_stride) {
-        Vec value = Vec(columns[t]) + bias;
-        if (a.add) value = Vec::load(out, n) + value;
-        value.store(out, n);
+  const int n0 = static_cast<int>(smaller(16, a.rows - row));
+  const int n1 = static_cast<int>(smaller(32, a.rows - row)) - n0;
+  const auto write = [&a](float* out, Vec value, Vec bias, int n) {
+    value = value + bias;
+    if (a.add) value = Vec::load(out, n) + value;
+    value.store(out, n);
+  };
+  const Vec bias0 = a.bias != nullptr ? Vec::load(a.bias + row, n0) : Vec::zero();
+  const Vec bias1 = a.bias != nullptr && n1 > 0 ? Vec::load(a.bias + row + 16, n1) : Vec::zero();
+  for (int64_t tile = 0; tile < 2; ++tile) {
+    const int64_t first = token + tile * 16;
+    const int64_t count = smaller(16, a.tokens - first);
+    for (int64_t t = 0; t < count; t += 4) {
+      __m512 rows0[4], rows1[4];
+      transpose4(sums + tile * 256 + t, rows0);
+      transpose4(sums + 512 + tile * 256 + t, rows1);
+      float* out = a.out + (first + t) * a.out_stride + row;
+      for (int64_t u = 0; u < smaller(4, count - t); ++u, out += a.out_stride) {
+        write(out, rows0[u], bias0, n0);
+        if (n1 > 0) write(out + 16, rows1[u], bias1, n1);
       }
     }
   }
@@ -272,16 +287,18 @@ QN_INLINE void write_out(const GemmFloatArgs& a, int64_t row, int64_t token, con
 /// beyond the matrix are 0.
 void pack_panel(const GemmFloatArgs& a, int64_t row, int64_t first_step, int64_t steps,
                 bf16* packed) {
-  for (int64_t r = 0; r < kPanelRows; ++r) {
-    const bool exists = row + r < a.rows;
-    const bf16* w = static_cast<const bf16*>(a.weight) + (exists ? row + r : 0) * a.weight_stride;
-    bf16* to = packed + r * kStep;
-    for (int64_t s = 0; s < steps; ++s, to += kStepElements) {
-      const int64_t k = (first_step + s) * kStep;
-      const int64_t left = exists ? a.cols - k : 0;
-      const __mmask32 mask =
-          left >= kStep ? 0xffffffffu : static_cast<__mmask32>((1u << left) - 1u);
-      _mm512_store_si512(to, _mm512_maskz_loadu_epi16(mask, w + k));
+  const bf16* w = static_cast<const bf16*>(a.weight) + row * a.weight_stride;
+  const int64_t rows = smaller(kPanelRows, a.rows - row);
+  for (int64_t s = 0; s < steps; ++s, packed += kStepElements) {
+    const int64_t k = (first_step + s) * kStep;
+    const __mmask32 mask =
+        a.cols - k >= kStep ? 0xffffffffu : static_cast<__mmask32>((1u << (a.cols - k)) - 1u);
+    for (int64_t r = 0; r < rows; ++r) {
+      _mm512_store_si512(packed + r * kStep,
+                         _mm512_maskz_loadu_epi16(mask, w + r * a.weight_stride + k));
+    }
+    for (int64_t r = rows; r < kPanelRows; ++r) {
+      _mm512_store_si512(packed + r * kStep, _mm512_setzero_si512());
     }
   }
 }
@@ -303,8 +320,9 @@ void panel_direct(const GemmFloatArgs& a, const PackedX& x, int64_t row) {
     const PanelSource source{rows,  rows + 16 * a.weight_stride,       a.weight_stride * 2,
                              kStep, end - begin - (with_tail ? 1 : 0), with_tail ? tail : nullptr};
     zero_tiles<kTokenTiles>();
-    accumulate<kTokenTiles>(source, x, 0, begin,
-                            {rows + kPanelRows * a.weight_stride, a.weight_stride, kPanelRows});
+    accumulate<kTokenTiles>(
+        source, x, 0, begin,
+        {rows + kPanelRows * a.weight_stride, a.weight_stride, kPanelRows, nullptr, 0, 0});
     take_sums<kTokenTiles>(sums, block == 0);
   }
   write_out(a, row, 0, sums);
@@ -314,6 +332,7 @@ void panel_direct(const GemmFloatArgs& a, const PackedX& x, int64_t row) {
 /// kTokenChunk tokens.
 void panel_group(const GemmFloatArgs& a, const PackedX& x, int64_t begin, int64_t end,
                  int64_t first_tile, int64_t end_tile) {
+  alignas(64) float staging[kSumsPerPair];  // instead of `sums` where k is one block
   float* sums = static_cast<float*>(a.scratch);
   bf16* packed = reinterpret_cast<bf16*>(sums + kPanelGroup * kSumFloats);
   const int64_t blocks = block_count(x.steps);
@@ -340,10 +359,15 @@ void panel_group(const GemmFloatArgs& a, const PackedX& x, int64_t begin, int64_
         const int64_t first_row = next_row + pair * share;
         const int64_t row_limit = smaller(next_row + kPanelRows, a.rows);
         const int64_t count = first_row < row_limit ? smaller(share, row_limit - first_row) : 0;
+        const int64_t token = tile * kTokenTile;
         const Prefetch next{
             static_cast<const bf16*>(a.weight) + first_row * a.weight_stride + next_step * kStep,
-            a.weight_stride, count};
-        float* pair_sums = panel_sums + pair * kSumsPerPair;
+            a.weight_stride,
+            count,
+            a.out + token * a.out_stride + row,
+            a.out_stride,
+            block + 1 == blocks ? smaller(2 * kTokenTile, a.tokens - token) : 0};
+        float* pair_sums = blocks == 1 ? staging : panel_sums + pair * kSumsPerPair;
         if (tile + 1 < end_tile) {
           zero_tiles<2>();
           accumulate<2>(source, x, tile, first_step, next);
@@ -353,7 +377,7 @@ void panel_group(const GemmFloatArgs& a, const PackedX& x, int64_t begin, int64_
           accumulate<1>(source, x, tile, first_step, next);
           take_sums<1>(pair_sums, block == 0);
         }
-        if (block + 1 == blocks) write_out(a, row, tile * kTokenTile, pair_sums);
+        if (block + 1 == blocks) write_out(a, row, token, pair_sums);
       }
     }
   }
