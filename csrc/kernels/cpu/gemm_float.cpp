@@ -35,39 +35,72 @@ QN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 namespace {
 
-constexpr int kRowGroup = 4;                           // weight rows read side by side
-constexpr int kMaxTokens = QN_ISA_LEVEL >= 2 ? 4 : 2;  // tokens per block of accumulators
-constexpr int kMaxSums = QN_ISA_LEVEL >= 2 ? 16 : 4;   // accumulators that fit the registers
-constexpr int64_t kTokenChunkFloats = 64 * 1024;       // of x that stay in L2 while rows pass by
+// Blocks of accumulators that fit the registers: 4 x 4 of 32 zmm, 2 x 2 pairs of 16 ymm.
+constexpr int kRowGroup = 4;  // weight rows read side by side
+constexpr int kTokenGroup = QN_ISA_LEVEL >= 2 ? 4 : 2;
+constexpr int kMaxSums = QN_ISA_LEVEL >= 2 ? 16 : 4;
+constexpr int64_t kTokenChunk = 48;   // tokens that pass by a row group before the next one
+constexpr int64_t kBlockCols = 1024;  // of a row group, to stay in L1 while a chunk passes by
 
-/// R rows x T tokens of out.
+/// Columns [begin, end) of the weight; the sums of a chunk of tokens wait in between.
+struct ColumnBlock {
+  int64_t begin, end;
+  bool prefetch;
+};
+
+/// R rows x T tokens of out. sums [R][kTokenChunk], from the first of these tokens on.
 template <typename W, int R, int T, bool kPrefetch>
-QN_INLINE void dot_block(const GemmFloatArgs& a, int64_t row, int64_t token) {
+QN_INLINE void dot_block(const GemmFloatArgs& a, int64_t row, int64_t token,
+                         const ColumnBlock& block, Vec* sums) {
   const W* w = static_cast<const W*>(a.weight) + row * a.weight_stride;
   const float* x = a.x + token * a.x_stride;
   Vec acc[R][T];
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    for (int t = 0; t < T; ++t) acc[r][t] = Vec::zero();
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      acc[r][t] = block.begin == 0 ? Vec::zero() : sums[r * kTokenChunk + t];
+    }
   }
+  const W* ws[R];
+  const float* xs[T];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) ws[r] = w + r * a.weight_stride;
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) xs[t] = x + t * a.x_stride;
+  const int64_t ahead = R * a.weight_stride;
   const auto step = [&](int64_t k, auto load) {
-    Vec xs[T];
-    for (int t = 0; t < T; ++t) xs[t] = load(x + t * a.x_stride + k);
+    Vec values[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) values[t] = load(xs[t] + k);
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      const W* p = w + r * a.weight_stride + k;
-      if constexpr (kPrefetch) __builtin_prefetch(p + R * a.weight_stride);
-      const Vec ws = load(p);
-      for (int t = 0; t < T; ++t) acc[r][t] = fma(ws, xs[t], acc[r][t]);
+      if constexpr (kPrefetch) __builtin_prefetch(ws[r] + ahead + k);
+      const Vec weight = load(ws[r] + k);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) acc[r][t] = fma(weight, values[t], acc[r][t]);
     }
   };
-  int64_t k = 0;
-  for (; k + Vec::kLanes <= a.cols; k += Vec::kLanes)
+  int64_t k = block.begin;
+  for (; k + Vec::kLanes <= block.end; k += Vec::kLanes) {
     step(k, [](const auto* p) { return Vec::load(p); });
-  if (k < a.cols) {
-    const int left = static_cast<int>(a.cols - k);
+  }
+  if (k < block.end) {
+    const int left = static_cast<int>(block.end - k);
     step(k, [left](const auto* p) { return Vec::load(p, left); });
   }
+  if (block.end < a.cols) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) sums[r * kTokenChunk + t] = acc[r][t];
+    }
+    return;
+  }
+#pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
     float* out = a.out + (token + t) * a.out_stride + row;
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       float value = sum(acc[r][t]);
       if (a.bias != nullptr) value += a.bias[row + r];
@@ -77,38 +110,46 @@ QN_INLINE void dot_block(const GemmFloatArgs& a, int64_t row, int64_t token) {
 }
 
 template <typename W, int R, int T>
-QN_INLINE void rows_by_tokens(const GemmFloatArgs& a, int64_t row, int64_t token, bool prefetch) {
+QN_INLINE void rows_by_tokens(const GemmFloatArgs& a, int64_t row, int64_t token,
+                              const ColumnBlock& block, Vec* sums) {
   if constexpr (R > 1 && R * T > kMaxSums) {
-    rows_by_tokens<W, R / 2, T>(a, row, token, prefetch);
-    rows_by_tokens<W, R / 2, T>(a, row + R / 2, token, prefetch);
-  } else if (prefetch) {
-    dot_block<W, R, T, true>(a, row, token);
+    rows_by_tokens<W, R / 2, T>(a, row, token, block, sums);
+    rows_by_tokens<W, R / 2, T>(a, row + R / 2, token, block, sums + R / 2 * kTokenChunk);
+  } else if (T == 1 && block.prefetch) {
+    dot_block<W, R, T, true>(a, row, token, block, sums);
   } else {
-    dot_block<W, R, T, false>(a, row, token);
+    dot_block<W, R, T, false>(a, row, token, block, sums);
   }
 }
 
 template <typename W, int R>
 void row_group(const GemmFloatArgs& a, int64_t row, int64_t first_token, int64_t end_token) {
-  int64_t token = first_token;
-  const auto prefetch = [&] { return token == 0; };
-  if constexpr (kMaxTokens >= 4) {
-    for (; token + 4 <= end_token; token += 4) rows_by_tokens<W, R, 4>(a, row, token, prefetch());
-  }
-  for (; token + 2 <= end_token; token += 2) rows_by_tokens<W, R, 2>(a, row, token, prefetch());
-  for (; token < end_token; ++token) rows_by_tokens<W, R, 1>(a, row, token, prefetch());
+  Vec sums[kRowGroup * kTokenChunk];
+  const bool few = end_token - first_token < 2 * kTokenGroup;  // all of k at once: long streams
+  const int64_t width = few ? a.cols : kBlockCols;
+  ColumnBlock block{0, 0, few};
+  do {
+    block.begin = block.end;
+    block.end = smaller(block.begin + width, a.cols);
+    int64_t token = first_token;
+    for (; token + kTokenGroup <= end_token; token += kTokenGroup) {
+      rows_by_tokens<W, R, kTokenGroup>(a, row, token, block, sums + (token - first_token));
+    }
+    for (; token < end_token; ++token) {
+      rows_by_tokens<W, R, 1>(a, row, token, block, sums + (token - first_token));
+    }
+  } while (block.end < a.cols);
 }
 
 template <typename W>
 void gemm_rows(const GemmFloatArgs& a, int64_t begin, int64_t end) {
   const int64_t end_row = smaller(end * kPanelRows, a.rows);
-  const int64_t fitting = kTokenChunkFloats / (a.cols + 1) / kMaxTokens * kMaxTokens;
-  const int64_t chunk = fitting < kMaxTokens ? kMaxTokens : fitting;
-  for (int64_t token = 0; token < a.tokens; token += chunk) {
-    const int64_t end_token = smaller(token + chunk, a.tokens);
+  for (int64_t token = 0; token < a.tokens; token += kTokenChunk) {
+    const int64_t end_token = smaller(token + kTokenChunk, a.tokens);
     int64_t row = begin * kPanelRows;
-    for (; row + kRowGroup <= end_row; row += kRowGroup)
+    for (; row + kRowGroup <= end_row; row += kRowGroup) {
       row_group<W, kRowGroup>(a, row, token, end_token);
+    }
     for (; row < end_row; ++row) row_group<W, 1>(a, row, token, end_token);
   }
 }
