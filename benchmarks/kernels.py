@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import harness  # noqa: E402
 import torch  # noqa: E402
 from harness import Case, Run  # noqa: E402
-from tolerance import assert_pointwise  # noqa: E402
+from tolerance import assert_contraction, assert_pointwise  # noqa: E402
 
 from qwen_native import ops  # noqa: E402
 
@@ -47,7 +47,40 @@ def rms_norm_cases() -> Iterator[Case]:
             )
 
 
-CASES = [*rms_norm_cases()]
+def linear_float_cases() -> Iterator[Case]:
+    def make(tokens: int, rows: int, cols: int, dtype: torch.dtype) -> Run:
+        x, weight = torch.randn(tokens, cols), torch.randn(rows, cols).to(dtype)
+        narrow = x.to(dtype)
+
+        def check(out: torch.Tensor) -> None:
+            assert_contraction(out, x.double() @ weight.double().T, plain().float())
+
+        def plain() -> torch.Tensor:
+            return torch.nn.functional.linear(narrow, weight)
+
+        return Run(lambda: ops.linear(x, weight), plain, check)
+
+    shapes = [
+        (9728, 896),
+        (896, 4864),
+        (11008, 2048),
+    ]  # Qwen2.5-0.5B gate + up, down; 1.8B gate + up
+    for dtype in (torch.float32, torch.bfloat16):
+        for tokens in (1, 16, 512):
+            for rows, cols in shapes:
+                yield Case(
+                    "linear",
+                    f"tokens={tokens} {rows}x{cols} {_name(dtype)}",
+                    lambda t=tokens, r=rows, c=cols, d=dtype: make(t, r, c, d),
+                    rows * cols * dtype.itemsize + 4 * tokens * (rows + cols),
+                    2 * tokens * rows * cols,
+                    "read_bandwidth"
+                    if tokens == 1
+                    else ("fma_f32" if dtype == torch.float32 else "tile_bf16"),
+                )
+
+
+CASES = [*linear_float_cases(), *rms_norm_cases()]
 
 if __name__ == "__main__":
     sys.exit(harness.main(__doc__ or "", CASES))
