@@ -1,5 +1,6 @@
 #include "bindings.h"
 #include "core/error.h"
+#include "packed_weight.h"
 
 namespace py = pybind11;
 
@@ -17,4 +18,5 @@ PYBIND11_MODULE(_C, module) {
   qn::python::register_core(module);
   qn::python::register_ops(module);
   qn::python::register_runtime(module);
+  qn::python::register_weights(module);
 }

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from qwen_native import _C
+from qwen_native._C import PackedWeight as PackedWeight
 
 
 def set_isa(name: str) -> None:
@@ -113,26 +115,8 @@ def linear(
     return out
 
 
-@dataclasses.dataclass(frozen=True)
-class PackedWeight:
-    """A weight matrix in one of the layouts of csrc/kernels/quant_layout.h.
-
-    Attributes:
-        data: the packed bytes, uint8.
-        format: "int8", "int4_symmetric" or "int4".
-        rows, cols: shape of the matrix.
-    """
-
-    data: np.ndarray[Any, np.dtype[np.uint8]]
-    format: str
-    rows: int
-    cols: int
-
-
 def _weight(weight: Any) -> Any:
-    if isinstance(weight, PackedWeight):
-        return (weight.data, weight.format, weight.rows, weight.cols)
-    return _detach(weight)
+    return weight if isinstance(weight, PackedWeight) else _detach(weight)
 
 
 def rope(x: Any, cos: Any, sin: Any) -> Any:
@@ -321,3 +305,56 @@ def attention(
     factor = float(pages.head_dim) ** -0.5 if scale is None else scale
     _C.attention(_detach(out), q, *layout, spans, factor, window, query_scale)
     return out
+
+
+WEIGHT_FORMATS = ("f32", "bf16", "int8", "int4_symmetric", "int4")
+SOURCE_TYPES = (
+    *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+)
+
+
+def pack_weight(
+    data: npt.NDArray[np.uint8], source: str, shape: tuple[int, int], format: str
+) -> PackedWeight:
+    """Convert a tensor of a checkpoint to one of the engine's formats.
+
+    Exact: Q8_0, Q5_0 and Q4_0 to "int8", Q4_0 to "int4_symmetric", everything to "f32", BF16 to
+    "bf16". Everything else takes, per group of 32 columns, the scale (and min) found to minimise
+    the squared error. Every instruction-set level gives the same bytes.
+
+    Args:
+        data: the tensor's bytes, uint8, contiguous, at any address.
+        source: ggml's name of their type, one of `SOURCE_TYPES`.
+        shape: (rows, cols), the cols a whole number of the type's blocks.
+        format: one of `WEIGHT_FORMATS`.
+
+    Returns:
+        The weight with its `format`, `rows`, `cols`, `nbytes` and `data`, a read-only view of its
+        bytes, uint8, laid out as in csrc/kernels/quant_layout.h. `PackedWeight(data, format, rows,
+        cols)` makes a weight of such bytes.
+
+    Raises:
+        ValueError: a name is unknown, the byte count does not fit the shape, or (quantised formats
+            only) a weight is infinite, NaN or beyond the format's scales; the message names its
+            row and column.
+    """
+    return _C.pack_weight(data, source, *shape, format)
+
+
+def unpack_weight(weight: PackedWeight) -> npt.NDArray[np.float32]:
+    """Return the float32 matrix [rows, cols] that a packed weight stands for."""
+    matrix: npt.NDArray[np.float32] = _C.unpack_weight(weight)
+    return matrix
+
+
+def decode_source(
+    data: npt.NDArray[np.uint8], source: str, shape: tuple[int, int]
+) -> npt.NDArray[np.float32]:
+    """Return a checkpoint's tensor as a float32 matrix [rows, cols]; see `pack_weight`.
+
+    Raises:
+        ValueError: the source type is unknown, or the byte count does not fit the shape.
+    """
+    matrix: npt.NDArray[np.float32] = _C.decode_source(data, source, *shape)
+    return matrix

@@ -233,4 +233,32 @@ struct GemmFoldedArgs {
   bool add;
 };
 
+struct DecodeSourceArgs {
+  void* out;         // [rows, cols] f32|bf16
+  const void* data;  // [rows] rows of the source's blocks, any alignment
+  int64_t cols;      // a whole number of blocks
+  int64_t out_stride;
+  SourceType source;
+  DType dtype;  // of out
+};
+
+struct RepackArgs {
+  void* out;         // [panels]
+  const void* data;  // [rows] rows of the source's blocks, any alignment
+  int64_t rows, cols;
+  SourceType source;
+  WeightFormat format;
+  int64_t* rejected;  // lowered to the first row with an infinite or NaN scale
+};
+
+struct QuantizeArgs {
+  void* out;       // [panels]
+  const float* x;  // [rows, cols]
+  int64_t rows, cols, x_stride;
+  WeightFormat format;
+  float* scratch;     // [2, groups, kPanelRows], Int4 only
+  float largest;      // greatest |x| that the format can hold
+  int64_t* rejected;  // lowered to the first row with an element beyond that, or NaN
+};
+
 }  // namespace qn

@@ -87,4 +87,26 @@ enum class SourceType : uint8_t {
   Q6_K
 };
 
+/// Elements and bytes of one block of a source type; plain floats are blocks of one.
+struct SourceBlock {
+  int64_t elements, bytes;
+};
+
+constexpr SourceBlock kSourceBlocks[] = {
+    {1, 4},     {1, 2},     {1, 2},                // F32 F16 BF16
+    {32, 18},   {32, 20},   {32, 22},   {32, 24},  // Q4_0 Q4_1 Q5_0 Q5_1
+    {32, 34},                                      // Q8_0
+    {256, 84},  {256, 110}, {256, 144},            // Q2_K Q3_K Q4_K
+    {256, 176}, {256, 210},                        // Q5_K Q6_K
+};
+
+constexpr SourceBlock source_block(SourceType source) {
+  return kSourceBlocks[static_cast<int>(source)];
+}
+
+/// Bytes of one row of a checkpoint tensor whose columns are whole blocks.
+constexpr int64_t source_row_bytes(SourceType source, int64_t cols) {
+  return cols / source_block(source).elements * source_block(source).bytes;
+}
+
 }  // namespace qn

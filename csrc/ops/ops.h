@@ -4,6 +4,7 @@
 #pragma once
 #include <cstdint>
 #include <span>
+#include <string_view>
 
 #include "core/context.h"
 #include "core/tensor.h"
@@ -32,6 +33,14 @@ void swiglu(const TensorView& out, const TensorView& gate, const TensorView& up,
 ///   out [tokens, table.cols] f32; ids [tokens] i32
 void gather(const TensorView& out, const TensorView& ids, const WeightView& table,
             const ExecContext& context);
+
+/// "f32", "bf16", "int8", "int4_symmetric", "int4".
+const char* weight_format_name(WeightFormat format);
+WeightFormat weight_format_from_name(std::string_view name);
+
+/// ggml's names: "F32", "F16", "BF16", "Q4_0" .. "Q6_K".
+const char* source_type_name(SourceType source);
+SourceType source_type_from_name(std::string_view name);
 
 /// Bytes of a weight in `format`.
 size_t weight_bytes(WeightFormat format, int64_t rows, int64_t cols);

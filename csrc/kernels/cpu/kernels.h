@@ -61,6 +61,10 @@ struct CpuKernels {
   void (*fold_activations)(const FoldActivationsArgs&, int64_t begin,
                            int64_t end);  // tiles of 16 tokens
   void (*gemm_int4_folded)(const GemmFoldedArgs&, int64_t begin, int64_t end);  // chunks x panels
+
+  void (*decode_source)(const DecodeSourceArgs&, int64_t begin, int64_t end);  // rows
+  void (*repack)(const RepackArgs&, int64_t begin, int64_t end);               // panels
+  void (*quantize)(const QuantizeArgs&, int64_t begin, int64_t end);           // panels
 };
 
 }  // namespace qn::cpu
@@ -78,6 +82,9 @@ void gather(const GatherArgs& args, int64_t begin, int64_t end);
 void block_max(const BlockReduceArgs& args, int64_t begin, int64_t end);
 void block_exp_sum(const BlockReduceArgs& args, int64_t begin, int64_t end);
 void probe(const ProbeArgs& args, int64_t begin, int64_t end);
+void decode_source(const DecodeSourceArgs& args, int64_t begin, int64_t end);
+void repack(const RepackArgs& args, int64_t begin, int64_t end);
+void quantize(const QuantizeArgs& args, int64_t begin, int64_t end);
 
 void gemm_f32(const GemmFloatArgs& args, int64_t begin, int64_t end);
 void gemm_bf16(const GemmFloatArgs& args, int64_t begin, int64_t end);

@@ -14,6 +14,9 @@ void fill(CpuKernels& table) {
   table.block_exp_sum = block_exp_sum;
   table.gemm_f32 = gemm_f32;
   table.quantize_activations = quantize_activations;
+  table.decode_source = decode_source;
+  table.repack = repack;
+  table.quantize = quantize;
 #else
   table.gemm_bf16_pack_x = gemm_bf16_pack_x;
   table.fold_activations = fold_activations;

@@ -7,7 +7,9 @@
 //   Vec::zero(), Vec(x)        broadcast
 //   a + b, a - b, a * b, a / b
 //   fma(a, b, c)               a * b + c
-//   max(a, b)                  NaN in b wins
+//   max(a, b), min(a, b)       NaN in b wins
+//   abs(a), select_less(a, b, x, y)   lanes of x where a < b, else of y
+//   load_half(p), store_half(p, a)    sixteen IEEE binary16 (as uint16_t), to nearest even
 //   sum(a), max(a)             over the lanes
 //   load_pairs(p, even, odd)   of 32 bf16
 //   exp(a)                     <= 2 ulp on [-87.3, 88.7]; below gives 0, above inf; NaN stays NaN

@@ -56,6 +56,15 @@ QN_INLINE Vec operator*(Vec a, Vec b) { QN_LANEWISE(a.lane[i] * b.lane[i]); }
 QN_INLINE Vec operator/(Vec a, Vec b) { QN_LANEWISE(a.lane[i] / b.lane[i]); }
 QN_INLINE Vec fma(Vec a, Vec b, Vec c) { QN_LANEWISE(a.lane[i] * b.lane[i] + c.lane[i]); }
 QN_INLINE Vec max(Vec a, Vec b) { QN_LANEWISE(a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]); }
+QN_INLINE Vec min(Vec a, Vec b) { QN_LANEWISE(a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]); }
+QN_INLINE Vec abs(Vec a) { QN_LANEWISE(fabsf(a.lane[i])); }
+QN_INLINE Vec select_less(Vec a, Vec b, Vec x, Vec y) {
+  QN_LANEWISE(a.lane[i] < b.lane[i] ? x.lane[i] : y.lane[i]);
+}
+QN_INLINE Vec load_half(const uint16_t* p) { QN_LANEWISE(math::QN_ISA::half_to_float(p[i])); }
+QN_INLINE void store_half(uint16_t* p, Vec a) {
+  for (int i = 0; i < Vec::kLanes; ++i) p[i] = math::QN_ISA::float_to_half(a.lane[i]);
+}
 QN_INLINE Vec exp(Vec a) { QN_LANEWISE(expf(a.lane[i])); }
 #undef QN_LANEWISE
 
