@@ -344,8 +344,7 @@ def pack_weight(
 
 def unpack_weight(weight: PackedWeight) -> npt.NDArray[np.float32]:
     """Return the float32 matrix [rows, cols] that a packed weight stands for."""
-    matrix: npt.NDArray[np.float32] = _C.unpack_weight(weight)
-    return matrix
+    return _C.unpack_weight(weight)
 
 
 def decode_source(
@@ -356,5 +355,4 @@ def decode_source(
     Raises:
         ValueError: the source type is unknown, or the byte count does not fit the shape.
     """
-    matrix: npt.NDArray[np.float32] = _C.decode_source(data, source, *shape)
-    return matrix
+    return _C.decode_source(data, source, *shape)
