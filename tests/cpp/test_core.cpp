@@ -107,7 +107,7 @@ TEST(pool_publishes_results_without_locks) {
 
 TEST(pool_runs_many_short_regions) {
   ThreadPool pool(3);
-  const int regions = kThreadSanitizer ? 2000 : 20000;
+  const int regions = kThreadSanitizer ? 1000 : 5000;
   for (int i = 0; i < regions; ++i) {
     std::atomic<int> visits{0};
     pool.parallel_for(
