@@ -56,7 +56,13 @@ GROUPS = {
 }
 INSTRUMENTS = {"probe"}  # kernels that measure the machine, for benchmarks
 NATIVE_PARTS = {"block_max", "block_exp_sum"}  # of sampling, called by the runtime only
-SIZE_QUERIES = {"weight_bytes", "source_bytes", "kv_page_bytes"}  # in ops.h, but compute nothing
+QUERIES = {  # in ops.h, but compute nothing
+    "weight_bytes",
+    "source_bytes",
+    "kv_page_bytes",
+    "weight_format_from_name",
+    "source_type_from_name",
+}
 
 
 def read(path: Path) -> str:
@@ -76,7 +82,7 @@ def violations(root: Path) -> list[str]:
     cpu = root / "csrc/kernels/cpu"
     entries = entries_of(read(cpu / "kernels.h"))
     declared = re.findall(r"^\w[\w ]*?\b(\w+)\(", read(root / "csrc/ops/ops.h"), re.MULTILINE)
-    ops = [name for name in dict.fromkeys(declared) if name not in SIZE_QUERIES | NATIVE_PARTS]
+    ops = [name for name in dict.fromkeys(declared) if name not in QUERIES | NATIVE_PARTS]
     stem_of = {op: stem for stem, group in GROUPS.items() for op in group.ops}
     file_of = {entry: file for group in GROUPS.values() for entry, file in group.kernels.items()}
     if not entries or not ops:
@@ -96,12 +102,12 @@ def violations(root: Path) -> list[str]:
     python, bench = read(root / "qwen_native/ops.py"), read(root / "benchmarks/kernels.py")
     for op in ops:
         stem = stem_of.get(op, op)
-        test = read(root / f"tests/kernels/test_{stem}.py")
+        tests = "".join(read(root / f"tests/kernels/test_{name}.py") for name in (stem, op))
         if not re.search(rf"^\w[\w ]*\b{op}\(", read(root / f"csrc/ops/{stem}.cpp"), re.MULTILINE):
             found.append(f"{op}: not defined in csrc/ops/{stem}.cpp")
         if not re.search(rf"^def {op}\(", python, re.MULTILINE):
             found.append(f"{op}: no function in qwen_native/ops.py")
-        if not re.search(rf"\b{op}\(", test):
+        if not re.search(rf"\b{op}\(", tests):
             found.append(f"{op}: not called in tests/kernels/test_{stem}.py")
         if not re.search(rf'"({op}|{stem})\b', bench):
             found.append(f'{op}: no case "{op}" or "{stem}" in benchmarks/kernels.py')
