@@ -7,7 +7,9 @@ and a test of its own compares the whole with torch's bf16 matmul, which rounds 
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import mmap
 
 import numpy as np
 import pytest
@@ -126,6 +128,26 @@ def test_weight_at_odd_addresses(isa, rng, tokens, cols):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_is_read_past_the_weight(isa, rng, dtype):
+    """The weight ends where an inaccessible page begins, like the last tensor of a mapped file."""
+    page, size = mmap.PAGESIZE, 64 * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None)
+    guard = ctypes.c_void_p(address + size)
+    assert libc.mprotect(guard, ctypes.c_size_t(page), 0) == 0
+    for rows, cols in [(1, 1), (32, 64), (33, 31), (35, 33), (64, 75), (47, 1300)]:
+        weight = torch.randn((rows, cols), generator=rng).to(dtype)
+        data = torch.frombuffer(memory, dtype=dtype, count=size // dtype.itemsize)
+        at_end = data[data.numel() - weight.numel() :].view(rows, cols)
+        at_end.copy_(weight)
+        for tokens in [1, 3, 20, 70]:
+            x = torch.randn((tokens, cols), generator=rng)
+            assert torch.equal(ops.linear(x, at_end), ops.linear(x, weight)), (rows, cols, tokens)
+    assert libc.mprotect(guard, ctypes.c_size_t(page), mmap.PROT_READ) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows,cols", [(151, 896), (70, 1300), (33, 75)])
 def test_bits_do_not_depend_on_batch_or_threads(isa, rng, rows, cols, dtype):
     x, weight, bias = make(rng, 541, rows, cols, dtype)
@@ -183,7 +205,9 @@ def test_mistakes_are_named():
         ops.linear(x.bfloat16(), weight)
     with pytest.raises(ValueError, match=r"x has stride 2 along its last axis, expected 1"):
         ops.linear(torch.ones(2, 8)[:, ::2], weight)
-    with pytest.raises(ValueError, match=r"\[weight\] data is f32\[3, 4\], expected .* with a dense last axis"):
+    with pytest.raises(
+        ValueError, match=r"\[weight\] data is f32\[3, 4\], expected .* with a dense last axis"
+    ):
         ops.linear(x, torch.ones(4, 3).T)
     with pytest.raises(ValueError, match=r"\[linear\] out is missing"):
         ops.linear(x, weight, add=True)
