@@ -9,7 +9,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import harness  # noqa: E402
+import numpy as np  # noqa: E402
+import quant_reference  # noqa: E402
 import torch  # noqa: E402
+from gguf_blocks import block, decoded, random_tensor  # noqa: E402
 from harness import Case, Run  # noqa: E402
 from tolerance import assert_contraction, assert_pointwise  # noqa: E402
 
@@ -80,7 +83,38 @@ def linear_float_cases() -> Iterator[Case]:
                 )
 
 
-CASES = [*linear_float_cases(), *rms_norm_cases()]
+def quantize_cases() -> Iterator[Case]:
+    """Loading: a checkpoint's blocks to the engine's formats."""
+
+    def make(source: str, rows: int, cols: int, fmt: str) -> Run:
+        data = random_tensor(source, rows, cols, np.random.default_rng(1))
+        values = decoded(data, source, rows, cols).astype(np.float64)
+
+        def check(packed: ops.PackedWeight) -> None:
+            wide = quant_reference.decode(fmt, packed.data, rows, cols)
+            relative = np.sqrt(np.square(wide - values).sum() / np.square(values).sum())
+            # tests/kernels/test_quantize.py derives these; uniform codes are easier than Gaussian.
+            limit = {"int8": 0.006, "int4_symmetric": 0.083, "int4": 0.072}[fmt]
+            assert relative <= limit, f"relative error {relative:.4f}, limit {limit}"
+
+        return Run(lambda: ops.pack_weight(data, source, (rows, cols), fmt), None, check)
+
+    rows, cols = 896, 4864  # Qwen2.5-0.5B down
+    for source, fmt in (
+        *(("Q8_0", "int8"), ("Q5_0", "int8"), ("Q6_K", "int8"), ("Q4_K", "int8"), ("BF16", "int8")),
+        *(("Q4_0", "int4_symmetric"), ("BF16", "int4_symmetric"), ("BF16", "int4")),
+    ):
+        elements, size = block(source)
+        bytes_read = rows * cols // elements * size
+        yield Case(
+            "quantize",
+            f"{rows}x{cols} {source} to {fmt}",
+            lambda s=source, f=fmt: make(s, rows, cols, f),
+            bytes_read + quant_reference.packed_bytes(fmt, rows, cols),
+        )
+
+
+CASES = [*linear_float_cases(), *rms_norm_cases(), *quantize_cases()]
 
 if __name__ == "__main__":
     sys.exit(harness.main(__doc__ or "", CASES))

@@ -75,6 +75,8 @@ void register_weights(py::module_& module) {
            py::arg("cols"))
       .def_property_readonly(
           "format", [](const PackedWeight& w) { return ops::weight_format_name(w.view.format); })
+      .def_property_readonly(
+          "shape", [](const PackedWeight& w) { return py::make_tuple(w.view.rows, w.view.cols); })
       .def_property_readonly("rows", [](const PackedWeight& w) { return w.view.rows; })
       .def_property_readonly("cols", [](const PackedWeight& w) { return w.view.cols; })
       .def_property_readonly("data",

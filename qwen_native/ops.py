@@ -97,7 +97,7 @@ def linear(
         ValueError: a shape or dtype does not fit, or `add` without `out`.
     """
     several = isinstance(weight, (list, tuple))
-    weights = [_weight(w) for w in (weight if several else [weight])]
+    weights = [_detach(w) for w in (weight if several else [weight])]
     biases = [None] * len(weights) if bias is None else list(bias) if several else [bias]
     if len(biases) != len(weights):
         raise ValueError(
@@ -106,17 +106,13 @@ def linear(
     segments, rows = [], 0
     for w, b in zip(weights, biases, strict=True):
         segments.append(_C.LinearSegment(w, None if b is None else _detach(b), rows))
-        rows += int(w[2] if isinstance(w, tuple) else w.shape[0])
+        rows += int(w.shape[0])
     if out is None:
         if add:
             raise ValueError("[linear] out is missing, expected an array to add to")
         out = _empty(x, (int(x.shape[0]), rows))
     _C.linear(_detach(out), _detach(x), segments, add, invariant)
     return out
-
-
-def _weight(weight: Any) -> Any:
-    return weight if isinstance(weight, PackedWeight) else _detach(weight)
 
 
 def rope(x: Any, cos: Any, sin: Any) -> Any:
@@ -171,13 +167,12 @@ def gather(ids: Any, table: Any) -> Any:
         ValueError: an id is outside the table, or a shape or dtype does not fit.
     """
     ids = _detach(ids)
-    cols = table.cols if isinstance(table, PackedWeight) else int(table.shape[1])
-    shape = (int(ids.shape[0]), cols)
+    shape = (int(ids.shape[0]), int(table.shape[1]))
     if isinstance(ids, np.ndarray):
         out: Any = np.empty(shape, np.float32)
     else:
         out = ids.new_empty(shape).float()
-    _C.gather(out, ids, _weight(table))
+    _C.gather(out, ids, _detach(table))
     return out
 
 
@@ -330,9 +325,9 @@ def pack_weight(
         format: one of `WEIGHT_FORMATS`.
 
     Returns:
-        The weight with its `format`, `rows`, `cols`, `nbytes` and `data`, a read-only view of its
-        bytes, uint8, laid out as in csrc/kernels/quant_layout.h. `PackedWeight(data, format, rows,
-        cols)` makes a weight of such bytes.
+        The weight with its `format`, `shape`, `rows`, `cols`, `nbytes` and `data`, a read-only view
+        of its bytes, uint8, laid out as in csrc/kernels/quant_layout.h. `PackedWeight(data, format,
+        rows, cols)` makes a weight of such bytes.
 
     Raises:
         ValueError: a name is unknown, the byte count does not fit the shape, or (quantised formats

@@ -49,6 +49,7 @@ def test_exact_conversions(isa, source, fmt, shape, scale):
     data = random_tensor(source, *shape, np.random.default_rng(1), scale)
     packed = ops.pack_weight(data, source, shape, fmt)
     want = decoded(data, source, *shape)
+    np.testing.assert_array_equal(ops.decode_source(data, source, shape), want)
     np.testing.assert_array_equal(ops.unpack_weight(packed), want)
     np.testing.assert_array_equal(
         quant_reference.decode(fmt, packed.data, *shape).astype(np.float32), want
@@ -95,7 +96,7 @@ def test_result_does_not_depend_on_threads_or_other_rows(isa, fmt):
 def test_layout_and_padding(isa, fmt, shape):
     weight = np.random.default_rng(6).standard_normal(shape).astype(np.float32)
     packed = pack_floats(weight, fmt)
-    assert packed.format == fmt and (packed.rows, packed.cols) == shape
+    assert packed.format == fmt and packed.shape == shape == (packed.rows, packed.cols)
     assert packed.nbytes == quant_reference.packed_bytes(fmt, *shape)
     parts = quant_reference.unpack(fmt, packed.data, *shape)
     rows, cols = shape
