@@ -9,7 +9,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import quant_reference
-from gguf_blocks import block, decoded, random_tensor
+from gguf_blocks import SOURCES, block, decoded, random_tensor
+from guarded import at_page_end
 
 from qwen_native import ops
 
@@ -243,6 +244,35 @@ def test_infinite_block_scales_are_named(isa, source, fmt, pattern):
     blocks[37, 1, :2] = np.array([pattern], np.uint16).view(np.uint8)
     with pytest.raises(ValueError, match="row 37, column .*a finite number"):
         ops.pack_weight(data, source, (40, 64), fmt)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("fmt", ["f32", "bf16", *FORMATS])
+def test_nothing_is_read_past_the_tensor(isa, source, fmt):
+    width = block(source)[0]
+    for rows, cols in [(1, width), (33, 3 * width)]:
+        data = random_tensor(source, rows, cols, np.random.default_rng(15))
+        with at_page_end(data) as guarded:
+            packed = ops.pack_weight(guarded, source, (rows, cols), fmt)
+        np.testing.assert_array_equal(
+            packed.data, ops.pack_weight(data, source, (rows, cols), fmt).data
+        )
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_arbitrary_bytes_pack_or_are_refused(isa, source, fmt):
+    """A file may hold anything: the result is finite, or the error names a row."""
+    rng = np.random.default_rng(16)
+    rows, cols = 3, 2 * block(source)[0]
+    for _ in range(20):
+        data = rng.integers(0, 256, rows * 2 * block(source)[1], np.uint8)
+        try:
+            packed = ops.pack_weight(data, source, (rows, cols), fmt)
+        except ValueError as error:
+            assert "weight at row" in str(error)
+        else:
+            assert np.isfinite(ops.unpack_weight(packed)).all()
 
 
 def test_packed_weight_from_bytes():
