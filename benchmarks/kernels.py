@@ -114,7 +114,84 @@ def quantize_cases() -> Iterator[Case]:
         )
 
 
-CASES = [*linear_float_cases(), *rms_norm_cases(), *quantize_cases()]
+def _cached_attention(
+    queries: int, depth: int, dtype: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, ops.KvPages, ops.SequenceSpan]:
+    """q, k, v and the filled cache of one layer of Qwen2.5-0.5B."""
+    heads, kv_heads, head_dim, page_tokens = 14, 2, 64, 64
+    q = torch.randn(queries, heads, head_dim)
+    k, v = torch.randn(2, depth, kv_heads, head_dim)
+    count = -(-depth // page_tokens)
+    words = ops.kv_page_bytes(page_tokens, kv_heads, head_dim, dtype) // 4
+    pool = torch.zeros((count, words), dtype=torch.int32)
+    pages = ops.KvPages(pool, page_tokens, kv_heads, head_dim, dtype)
+    table = list(range(count))
+    ops.kv_append(pages, k, v, [ops.SequenceSpan(0, depth, depth, table)])
+    return q, k, v, pages, ops.SequenceSpan(0, queries, depth, table)
+
+
+def attention_cases() -> Iterator[Case]:
+    def make(queries: int, depth: int, dtype: str) -> Run:
+        q, k, v, pages, span = _cached_attention(queries, depth, dtype)
+        storage = torch.float32 if dtype == "f32" else torch.bfloat16
+        mask = torch.ones(queries, depth, dtype=torch.bool).tril(depth - queries)
+        # [heads, tokens, head_dim], the order that torch wants
+        q2, k2, v2 = (x.to(storage).transpose(0, 1).contiguous() for x in (q, k, v))
+
+        def plain() -> torch.Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(
+                q2[None], k2[None], v2[None], attn_mask=mask, enable_gqa=True
+            )[0]
+
+        def check(out: torch.Tensor) -> None:
+            ref = torch.nn.functional.scaled_dot_product_attention(
+                q.double().transpose(0, 1)[None],
+                k2.double()[None],
+                v2.double()[None],
+                attn_mask=mask,
+                enable_gqa=True,
+            )[0]
+            assert_contraction(out.to(storage), ref.transpose(0, 1), plain().transpose(0, 1))
+
+        return Run(lambda: ops.attention(q, pages, [span]), plain, check)
+
+    for dtype in ("f32", "bf16"):
+        cache = 4096 * 2 * 2 * 64 * (4 if dtype == "f32" else 2)
+        yield Case(
+            "attention", f"decode 4096 14/2x64 {dtype}", lambda d=dtype: make(1, 4096, d), cache
+        )
+        for tokens in (512, 2048):
+            yield Case(
+                "attention",
+                f"prefill {tokens} 14/2x64 {dtype}",
+                lambda t=tokens, d=dtype: make(t, t, d),
+                cache * tokens // 4096,
+                2 * 64 * 14 * tokens * (tokens + 1),
+                "tile_bf16" if dtype == "bf16" else "fma_f32",
+            )
+
+
+def kv_append_cases() -> Iterator[Case]:
+    def make(tokens: int, dtype: str) -> Run:
+        _, k, v, pages, span = _cached_attention(tokens, tokens, dtype)
+
+        def check(_: None) -> None:
+            """The cache has no reader but attention, whose cases check both."""
+
+        return Run(lambda: ops.kv_append(pages, k, v, [span]), None, check)
+
+    for dtype in ("f32", "bf16"):
+        size = 512 * 2 * 2 * 64 * (8 if dtype == "f32" else 6)
+        yield Case("kv_append", f"512 tokens 2x64 {dtype}", lambda d=dtype: make(512, d), size)
+
+
+CASES = [
+    *linear_float_cases(),
+    *rms_norm_cases(),
+    *quantize_cases(),
+    *attention_cases(),
+    *kv_append_cases(),
+]
 
 if __name__ == "__main__":
     sys.exit(harness.main(__doc__ or "", CASES))

@@ -88,11 +88,12 @@ void mask_row(const Part& part, int64_t keys_begin, int64_t keys_end, float* sco
 }
 
 float max_score(const Part& part, const float* scores) {
-  Vec top(kMinusInfinity);
-  for (int key = part.begin * kGroup; key < part.end * kGroup; key += Vec::kLanes) {
-    top = max(top, Vec::load(scores + key));
+  Vec low(kMinusInfinity), high(kMinusInfinity);
+  for (int key = part.begin * kGroup; key < part.end * kGroup; key += kGroup) {
+    low = max(low, Vec::load(scores + key));
+    high = max(high, Vec::load(scores + key + Vec::kLanes));
   }
-  return max(top);
+  return max(max(low, high));
 }
 
 /// total = total merged with part. A row that sees nothing on one side keeps the other unchanged.
