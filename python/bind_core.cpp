@@ -5,6 +5,7 @@
 #include "bindings.h"
 #include "core/cpu_info.h"
 #include "kernels/cpu/dispatch.h"
+#include "kernels/cuda/device.h"
 #include "ops/probe.h"
 
 namespace qn::python {
@@ -32,6 +33,7 @@ OpContext::OpContext()
 }
 
 void register_core(py::module_& module) {
+  module.def("cuda_is_built", &cuda::is_built);
   module.def("host_isa", [] { return isa_name(host_isa()); });
   module.def("active_isa", [] { return isa_name(cpu::active_isa()); });
   module.def("set_isa", [](const std::string& name) { cpu::set_active_isa(isa_from_name(name)); });

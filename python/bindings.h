@@ -12,6 +12,7 @@ namespace qn::python {
 void register_core(pybind11::module_& module);
 void register_ops(pybind11::module_& module);
 void register_runtime(pybind11::module_& module);
+void register_engine(pybind11::module_& module);
 
 /// Threads and scratch for ops called one by one from Python; engines have their own. The object
 /// keeps other Python threads out, so it must live until the op returns.

@@ -19,4 +19,5 @@ PYBIND11_MODULE(_C, module) {
   qn::python::register_ops(module);
   qn::python::register_runtime(module);
   qn::python::register_weights(module);
+  qn::python::register_engine(module);
 }

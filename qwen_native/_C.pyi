@@ -25,6 +25,9 @@ def built_isas() -> list[str]:
 def kernel_sources() -> dict[str, str]:
     """Return, for every kernel, the level that provides it at the active level."""
 
+def cuda_is_built() -> bool:
+    """Return whether the library contains CUDA kernels."""
+
 def thread_budget() -> dict[str, int]:
     """Return affinity, cores, quota, override (0 = none) and the threads decided from them."""
 
@@ -136,3 +139,55 @@ class Sampler:
     def distribution(self, logits: Array, /) -> list[tuple[int, float]]: ...
     @staticmethod
     def uniform(seed: int, index: int, /) -> float: ...
+
+class Model:
+    """A packed model, shared by engines."""
+
+    @property
+    def weight_bytes(self) -> int: ...
+    @property
+    def bytes_by_format(self) -> dict[str, tuple[int, int]]:
+        """Return (weights, bytes) of the matrices in each format."""
+
+class ModelBuilder:
+    """Packs a checkpoint tensor by tensor."""
+
+    def __init__(
+        self, config: dict[str, Any], weights: str, invariant: bool, threads: int
+    ) -> None: ...
+    def add(self, name: str, type: str, shape: list[int], data: npt.NDArray[np.uint8]) -> bool:
+        """Take a tensor; return whether its data stays in use."""
+    def finish(self) -> Model: ...
+
+class Engine:
+    """Requests in, tokens out (csrc/runtime/engine.h)."""
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        threads: int,
+        context: int,
+        cache_tokens: int,
+        kv_dtype: str,
+        max_step_tokens: int = 512,
+        max_running: int = 256,
+    ) -> None: ...
+    def add(
+        self,
+        prompt: list[int],
+        sampling: SamplingParams,
+        *,
+        max_new_tokens: int,
+        stop_ids: list[int],
+        n: int = 1,
+    ) -> int: ...
+    def abort(self, request: int, index: int | None = None) -> None: ...
+    @property
+    def has_work(self) -> bool: ...
+    def step(self) -> list[tuple[int, int, int, float, list[tuple[int, float]], str | None]]:
+        """Return (request, index, token, logprob, alternatives, finish reason) of new tokens."""
+    def logits(
+        self, tokens: list[int], last: int, prompt_length: int = 0
+    ) -> npt.NDArray[np.float32]: ...
+    def score(self, tokens: list[int], prompt_length: int = 0) -> npt.NDArray[np.float32]: ...

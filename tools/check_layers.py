@@ -22,9 +22,11 @@ ISA_QUOTED = re.compile(
 KERNEL_VOCABULARY = {"kernels/quant_layout.h"}
 MAY_SEE_KERNELS = {
     "csrc/model/linear.cpp": re.compile(r"kernels/"),  # asks for the packing table
-    "python/bind_core.cpp": re.compile(r"kernels/cpu/dispatch\.h"),  # levels and their kernels
+    "python/bind_core.cpp": re.compile(
+        r"kernels/(cpu/dispatch|cuda/device)\.h"  # what `info` reports
+    ),
 }
-INTEGER_LOGIC = re.compile(r"csrc/runtime/(scheduler|kv_cache)\.(h|cpp)")
+INTEGER_LOGIC = re.compile(r"csrc/runtime/(scheduler|page_pool|sequence)\.(h|cpp)")
 USES_TORCH = re.compile(r"qwen_native/(reference|autograd|nn|train/\w+)\.py")
 
 

@@ -1,0 +1,174 @@
+#include "model/weights.h"
+
+#include <algorithm>
+
+#include "core/error.h"
+
+namespace qn::model {
+namespace {
+
+constexpr size_t kArenaChunk =
+    size_t{256} << 20;  // many tensors in one mapping, so that small ones get huge pages too
+constexpr size_t kAlignment = 64;
+
+/// The format of a matrix: "int4" keeps a Q4_0 source exactly, everything else follows the request.
+WeightFormat choose_format(RequestedFormat requested, SourceType source) {
+  if (!requested) return native_format(source);
+  if (*requested == WeightFormat::Int4 && source == SourceType::Q4_0)
+    return WeightFormat::Int4Symmetric;
+  return *requested;
+}
+
+bool used_in_place(WeightFormat format, SourceType source) {
+  return (format == WeightFormat::F32 && source == SourceType::F32) ||
+         (format == WeightFormat::BF16 && source == SourceType::BF16);
+}
+
+bool is_vector(const std::string& name) {
+  return name.ends_with("norm.weight") || name.ends_with(".bias");
+}
+
+}  // namespace
+
+const char* format_name(WeightFormat format) {
+  switch (format) {
+    case WeightFormat::F32:
+      return "f32";
+    case WeightFormat::BF16:
+      return "bf16";
+    case WeightFormat::Int8:
+      return "int8";
+    case WeightFormat::Int4Symmetric:
+      return "int4_symmetric";
+    case WeightFormat::Int4:
+      return "int4";
+  }
+  return "?";
+}
+
+WeightFormat native_format(SourceType source) {
+  switch (source) {
+    case SourceType::F32:
+    case SourceType::F16:
+      return WeightFormat::F32;
+    case SourceType::BF16:
+      return WeightFormat::BF16;
+    case SourceType::Q4_0:
+      return WeightFormat::Int4Symmetric;
+    default:
+      return WeightFormat::Int8;
+  }
+}
+
+void* Weights::arena_allocate(size_t bytes) {
+  bytes = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  if (arena_.empty() || arena_used_ + bytes > arena_.back().size()) {
+    arena_.emplace_back(std::max(bytes, kArenaChunk));
+    arena_used_ = 0;
+  }
+  void* result = static_cast<char*>(arena_.back().data()) + arena_used_;
+  arena_used_ += bytes;
+  return result;
+}
+
+bool Weights::add(const SourceTensor& tensor, const ExecContext& context) {
+  QN_CHECK(!matrices_.count(tensor.name) && !vectors_.count(tensor.name), "[model] tensor ",
+           tensor.name, " was given twice");
+  if (is_vector(tensor.name)) {
+    const int64_t size = tensor.rows * tensor.cols;
+    float* values = static_cast<float*>(arena_allocate(static_cast<size_t>(size) * sizeof(float)));
+    ops::decode_source(values, tensor.rows, tensor.cols, tensor.type, tensor.data, context);
+    vectors_[tensor.name] = {values, size};
+    total_bytes_ += static_cast<size_t>(size) * sizeof(float);
+    return false;
+  }
+  const WeightFormat format = choose_format(requested_, tensor.type);
+  const bool in_place = used_in_place(format, tensor.type);
+  Matrix matrix{{tensor.data, format, tensor.rows, tensor.cols, tensor.cols}, nullptr};
+  const size_t bytes = ops::weight_bytes(format, tensor.rows, tensor.cols);
+  if (in_place) {
+    matrix.owner = tensor.owner;
+  } else {
+    void* packed = arena_allocate(bytes);
+    ops::pack_weight(packed, format, tensor.rows, tensor.cols, tensor.type, tensor.data, context);
+    matrix.view.data = packed;
+  }
+  matrices_[tensor.name] = matrix;
+  total_bytes_ += bytes;
+  return in_place;
+}
+
+const WeightView& Weights::matrix(const std::string& name) const {
+  const auto found = matrices_.find(name);
+  QN_CHECK(found != matrices_.end(), "[model] tensor ", name, " is missing");
+  return found->second.view;
+}
+
+WeightView Weights::expect_matrix(const std::string& name, int64_t rows, int64_t cols) const {
+  const WeightView& view = matrix(name);
+  QN_CHECK(view.rows == rows && view.cols == cols, "[model] tensor ", name, " is [", view.rows,
+           ", ", view.cols, "], expected [", rows, ", ", cols, "]");
+  return view;
+}
+
+const float* Weights::expect_vector(const std::string& name, int64_t size) const {
+  const auto found = vectors_.find(name);
+  QN_CHECK(found != vectors_.end(), "[model] tensor ", name, " is missing");
+  QN_CHECK(found->second.second == size, "[model] tensor ", name, " has ", found->second.second,
+           " elements, expected ", size);
+  return found->second.first;
+}
+
+Linear Weights::linear(std::initializer_list<std::pair<std::string, int64_t>> parts, int64_t cols,
+                       bool bias) const {
+  Linear result;
+  for (const auto& [name, rows] : parts) {
+    const float* bias_values = bias ? expect_vector(name + ".bias", rows) : nullptr;
+    result.segments.push_back(
+        {expect_matrix(name + ".weight", rows, cols), bias_values, result.out_features});
+    result.out_features += rows;
+  }
+  return result;
+}
+
+void Weights::finish() {
+  const ModelConfig& c = config_;
+  expect_matrix("model.embed_tokens.weight", c.vocab_size, c.hidden_size);
+  for (int64_t i = 0; i < c.num_layers; ++i) {
+    const std::string layer = "model.layers." + std::to_string(i) + ".";
+    const std::string attention = layer + "self_attn.";
+    LayerWeights w{};
+    w.input_norm = expect_vector(layer + "input_layernorm.weight", c.hidden_size);
+    w.qkv = linear({{attention + "q_proj", c.query_width()},
+                    {attention + "k_proj", c.kv_width()},
+                    {attention + "v_proj", c.kv_width()}},
+                   c.hidden_size, c.qkv_bias);
+    if (c.qk_norm) {
+      w.q_norm = expect_vector(attention + "q_norm.weight", c.head_dim);
+      w.k_norm = expect_vector(attention + "k_norm.weight", c.head_dim);
+    }
+    w.o_proj = linear({{attention + "o_proj", c.hidden_size}}, c.query_width(), false);
+    w.post_attention_norm = expect_vector(layer + "post_attention_layernorm.weight", c.hidden_size);
+    w.gate_up = linear({{layer + "mlp.gate_proj", c.intermediate_size},
+                        {layer + "mlp.up_proj", c.intermediate_size}},
+                       c.hidden_size, false);
+    w.down = linear({{layer + "mlp.down_proj", c.hidden_size}}, c.intermediate_size, false);
+    layers_.push_back(std::move(w));
+  }
+  final_norm_ = expect_vector("model.norm.weight", c.hidden_size);
+  const std::string head = c.tie_word_embeddings ? "model.embed_tokens.weight" : "lm_head.weight";
+  lm_head_ = {{{expect_matrix(head, c.vocab_size, c.hidden_size), nullptr, 0}}, c.vocab_size};
+}
+
+std::map<std::string, std::pair<int64_t, size_t>> Weights::bytes_by_format() const {
+  std::map<std::string, std::pair<int64_t, size_t>> result;
+  for (const auto& [name, entry] : matrices_) {
+    const WeightView& view = entry.view;
+    auto& [count, bytes] = result[format_name(view.format)];
+    count += view.rows * view.cols;
+    bytes += ops::weight_bytes(view.format, view.rows, view.cols);
+  }
+  return result;
+}
+
+}  // namespace qn::model

@@ -1,0 +1,101 @@
+// The weights of one model: built tensor by tensor from a checkpoint, then read-only.
+#pragma once
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/context.h"
+#include "model/config.h"
+#include "ops/ops.h"
+
+namespace qn::model {
+
+/// How matrices are held: all in one format, or (nullopt) each in the format nearest to the
+/// checkpoint's own precision.
+using RequestedFormat = std::optional<WeightFormat>;
+
+/// A tensor of a checkpoint under its canonical (Hugging Face Qwen2/Qwen3) name.
+struct SourceTensor {
+  std::string name;
+  SourceType type;
+  int64_t rows, cols;  // vectors have one row
+  const void* data;
+  std::shared_ptr<const void> owner;  // keeps `data` alive where the weight is used in place
+};
+
+/// Matrices that take the same input; their outputs stand side by side.
+struct Linear {
+  std::vector<ops::LinearSegment> segments;
+  int64_t out_features = 0;
+};
+
+struct LayerWeights {
+  const float* input_norm;           // [hidden]
+  Linear qkv;                        // hidden -> (num_heads + 2 num_kv_heads) head_dim
+  const float* q_norm;               // [head_dim] or null
+  const float* k_norm;               // [head_dim] or null
+  Linear o_proj;                     // num_heads head_dim -> hidden
+  const float* post_attention_norm;  // [hidden]
+  Linear gate_up;                    // hidden -> 2 intermediate
+  Linear down;                       // intermediate -> hidden
+};
+
+class Weights {
+ public:
+  Weights(const ModelConfig& config, RequestedFormat requested)
+      : config_(config), requested_(requested) {}
+
+  /// Converts one tensor to its format; F32 and BF16 matrices that already have it are used where
+  /// they are mapped. Returns whether the tensor's data stays in use.
+  bool add(const SourceTensor& tensor, const ExecContext& context);
+
+  /// Arranges the tensors into layers; throws ArgumentError naming the first one that is missing or
+  /// mis-shaped.
+  void finish();
+
+  const std::vector<LayerWeights>& layers() const { return layers_; }
+  const WeightView& embedding() const { return matrix("model.embed_tokens.weight"); }
+  const float* final_norm() const { return final_norm_; }
+  const Linear& lm_head() const { return lm_head_; }
+
+  /// Bytes of all weights, mapped ones included.
+  size_t total_bytes() const { return total_bytes_; }
+  /// Number of weights in matrices and the bytes they take, by format name.
+  std::map<std::string, std::pair<int64_t, size_t>> bytes_by_format() const;
+
+ private:
+  struct Matrix {
+    WeightView view;
+    std::shared_ptr<const void> owner;
+  };
+
+  void* arena_allocate(size_t bytes);
+  const WeightView& matrix(const std::string& name) const;
+  WeightView expect_matrix(const std::string& name, int64_t rows, int64_t cols) const;
+  const float* expect_vector(const std::string& name, int64_t size) const;
+  Linear linear(std::initializer_list<std::pair<std::string, int64_t>> parts, int64_t cols,
+                bool bias) const;
+
+  ModelConfig config_;
+  RequestedFormat requested_;
+  std::vector<HostBuffer> arena_;
+  size_t arena_used_ = 0;
+  std::map<std::string, Matrix> matrices_;
+  std::map<std::string, std::pair<const float*, int64_t>> vectors_;
+  std::vector<LayerWeights> layers_;
+  const float* final_norm_ = nullptr;
+  Linear lm_head_;
+  size_t total_bytes_ = 0;
+};
+
+const char* format_name(WeightFormat format);
+
+/// The format that keeps the precision of `source` ("auto"): floats stay, Q8_0 and Q4_0 are held
+/// exactly, every other block type goes to 8 bits, which loses nothing measurable. F16 becomes F32,
+/// the only format that holds it exactly.
+WeightFormat native_format(SourceType source);
+
+}  // namespace qn::model
