@@ -214,3 +214,13 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match=r"write the same columns"):
         segments = [_C.LinearSegment(weight, None, 0), _C.LinearSegment(weight, None, 2)]
         _C.linear(torch.ones(2, 9), x, segments, False, False)
+
+
+def test_leaves_the_tiles_of_other_libraries_alone(isa, rng):
+    """torch's own AMX kernels run on the same thread before and after ours."""
+    a = torch.randn((64, 512), generator=rng).bfloat16()
+    b = torch.randn((512, 64), generator=rng).bfloat16()
+    before = a @ b
+    weight = torch.randn((33, 65), generator=rng).bfloat16()
+    ops.linear(torch.randn((5, 65), generator=rng), weight)
+    assert torch.equal(a @ b, before)

@@ -17,9 +17,10 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {};
 };
 
-/// Configures this thread's tiles for the lifetime of the scope. Every kernel run opens its own:
-/// tiles fault without a configuration, and other libraries on the same thread may have left
-/// theirs.
+/// Configures this thread's tiles for the lifetime of the scope and then puts back the
+/// configuration that it found. Every kernel run opens its own: tiles fault without a
+/// configuration, and other libraries on the same thread have theirs, which some of them
+/// (llama.cpp) load only once and then rely on.
 class TileScope {
  public:
   /// All tiles 16 rows x 64 bytes, but A (4, 5) and C (0-3) with `a_rows` rows.
@@ -32,16 +33,29 @@ class TileScope {
     load(config);
   }
   explicit __attribute__((always_inline)) TileScope(const TileConfig& config) { load(config); }
-  __attribute__((always_inline)) ~TileScope() { _tile_release(); }
+  __attribute__((always_inline)) ~TileScope() {
+    if (caller_.palette != 0) {
+      configure(caller_);
+    } else {
+      _tile_release();
+    }
+  }
   TileScope(const TileScope&) = delete;
   TileScope& operator=(const TileScope&) = delete;
 
  private:
-  static __attribute__((always_inline)) void load(const TileConfig& config) {
+  __attribute__((always_inline)) void load(const TileConfig& config) {
+    _tile_storeconfig(&caller_);
+    asm volatile("" ::"r"(&caller_) : "memory");  // gcc 12: see configure
+    configure(config);
+  }
+  static __attribute__((always_inline)) void configure(const TileConfig& config) {
     // gcc 12 declares only 8 bytes of the operand as read and would drop the stores to the rest.
     asm volatile("" ::"r"(&config) : "memory");
     _tile_loadconfig(&config);
   }
+
+  TileConfig caller_;
 };
 
 /// out[j] = column j of the row-major 16 rows at `in`, which are 16 dwords apart; four columns. The
