@@ -24,6 +24,9 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build_dir = Path(self.build_temp).resolve()
         build_dir.mkdir(parents=True, exist_ok=True)
+        # The cache of an earlier `pip install` names tools of its build environment, which is gone.
+        # Without it the configuration is made anew; objects that are up to date are kept.
+        (build_dir / "CMakeCache.txt").unlink(missing_ok=True)
         configure = [
             "cmake",
             str(ROOT),
