@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -185,13 +186,125 @@ def kv_append_cases() -> Iterator[Case]:
         yield Case("kv_append", f"512 tokens 2x64 {dtype}", lambda d=dtype: make(512, d), size)
 
 
+def rope_cases() -> Iterator[Case]:
+    heads, head_dim = 28, 128
+
+    def make(tokens: int, dtype: torch.dtype) -> Run:
+        x = torch.randn(tokens, heads, head_dim).to(dtype)
+        angle = torch.rand(tokens, head_dim // 2) * 6
+        cos, sin = angle.cos(), angle.sin()
+
+        def plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+            low, high = x.to(cos.dtype).chunk(2, -1)
+            c, s = cos[:, None], sin[:, None]
+            return torch.cat([low * c - high * s, high * c + low * s], -1)
+
+        before = x.clone()
+
+        def check(out: torch.Tensor) -> None:
+            base = plain(before, cos, sin).to(dtype)
+            assert_contraction(out, plain(before, cos.double(), sin.double()), base)
+
+        return Run(lambda: ops.rope(x, cos, sin), lambda: plain(x, cos, sin).to(dtype), check)
+
+    for tokens in (1, 512):
+        for dtype in (torch.float32, torch.bfloat16):
+            size = tokens * (2 * heads * head_dim * dtype.itemsize + 4 * head_dim)
+            label = f"{tokens}x{heads}x{head_dim} {_name(dtype)}"
+            yield Case("rope", label, lambda t=tokens, d=dtype: make(t, d), size)
+
+
+def swiglu_cases() -> Iterator[Case]:
+    def make(tokens: int, dtype: torch.dtype) -> Run:
+        gate, up = torch.randn(2, tokens, INTER).to(dtype)
+        out = torch.empty_like(gate)
+
+        def plain() -> torch.Tensor:
+            return torch.nn.functional.silu(gate) * up
+
+        def check(result: torch.Tensor) -> None:
+            wide = gate.double()
+            assert_pointwise(result, wide * torch.sigmoid(wide) * up.double(), plain())
+
+        return Run(lambda: ops.swiglu(gate, up, out), plain, check)
+
+    for tokens in (1, 512):
+        for dtype in (torch.float32, torch.bfloat16):
+            size = 3 * tokens * INTER * dtype.itemsize
+            label = f"{tokens}x{INTER} {_name(dtype)}"
+            yield Case("swiglu", label, lambda t=tokens, d=dtype: make(t, d), size)
+
+
+@functools.cache
+def _encoded(fmt: str, rows: int, cols: int) -> np.ndarray:
+    return quant_reference.encode(fmt, torch.randn(rows, cols).numpy())
+
+
+def gather_cases() -> Iterator[Case]:
+    rows, cols, tokens = 4096, HIDDEN, 512
+
+    def make(fmt: str) -> Run:
+        ids = torch.randint(0, rows, (tokens,), dtype=torch.int32)
+        if fmt in ("f32", "bf16"):
+            weight = torch.randn(rows, cols)
+            table = weight if fmt == "f32" else weight.bfloat16()
+
+            def check(out: torch.Tensor) -> None:
+                assert torch.equal(out, table[ids.long()].float()), "rows differ"
+
+            return Run(lambda: ops.gather(ids, table), lambda: table[ids].float(), check)
+        data = _encoded(fmt, rows, cols).copy()
+        packed = ops.PackedWeight(data, fmt, rows, cols)
+
+        def check_packed(out: torch.Tensor) -> None:
+            ref = torch.from_numpy(quant_reference.decode(fmt, data, rows, cols))[ids.long()]
+            assert_contraction(out, ref, ref.float())
+
+        return Run(lambda: ops.gather(ids, packed), None, check_packed)
+
+    # Bytes that the layout makes the machine read: whole lines of the half panel.
+    per_weight = {"f32": 4, "bf16": 2, "int8": 16, "int4_symmetric": 8, "int4": 8}
+    for fmt, read in per_weight.items():
+        size = tokens * cols * (read + 4)
+        yield Case("gather", f"{tokens} of {rows}x{cols} {fmt}", lambda f=fmt: make(f), size)
+
+
+def sampling_cases() -> Iterator[Case]:
+    vocab = 151936
+
+    def make_argmax() -> Run:
+        x = torch.randn(vocab) * 3
+
+        def check(index: int) -> None:
+            assert index == int(x.argmax()), f"index {index}"
+
+        return Run(lambda: ops.argmax(x), x.argmax, check)
+
+    def make_log_sum_exp() -> Run:
+        x = torch.randn(vocab) * 3
+
+        def check(value: float) -> None:
+            ref = torch.logsumexp(x.double(), 0).item()
+            assert abs(value - ref) <= 2**-21, f"{value} instead of {ref}"
+
+        return Run(lambda: ops.log_sum_exp(x), lambda: torch.logsumexp(x, 0), check)
+
+    yield Case("argmax", f"{vocab} f32", make_argmax, 4 * vocab)
+    yield Case("log_sum_exp", f"{vocab} f32", make_log_sum_exp, 4 * vocab)
+
+
 CASES = [
     *linear_float_cases(),
     *rms_norm_cases(),
     *quantize_cases(),
     *attention_cases(),
     *kv_append_cases(),
+    *rope_cases(),
+    *swiglu_cases(),
+    *gather_cases(),
+    *sampling_cases(),
 ]
+
 
 if __name__ == "__main__":
     sys.exit(harness.main(__doc__ or "", CASES))

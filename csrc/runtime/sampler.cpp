@@ -124,7 +124,7 @@ float Sampler::block_threshold(int64_t count) {
   return scratch_[static_cast<size_t>(count - 1)];
 }
 
-/// All tokens whose score reaches that of `threshold`, likeliest first, with weights.
+/// All tokens whose score reaches that of `threshold`, with weights, in the order of ids.
 void Sampler::collect(const float* logits, int64_t vocab, float threshold) {
   candidates_.clear();
   const float lowest = score(threshold), highest = score(largest_);
@@ -137,13 +137,22 @@ void Sampler::collect(const float* logits, int64_t vocab, float threshold) {
         candidates_.push_back({static_cast<int32_t>(id), value, 0});
     }
   }
-  std::sort(candidates_.begin(), candidates_.end(), [](const Candidate& a, const Candidate& b) {
-    return a.score != b.score ? a.score > b.score : a.id < b.id;
-  });
   for (Candidate& candidate : candidates_) {
     const double distance = static_cast<double>(candidate.score) - highest;
     candidate.weight = candidate.score == highest ? 1.0 : std::exp(distance);
   }
+}
+
+void Sampler::rank_candidates() {
+  std::sort(candidates_.begin(), candidates_.end(), [](const Candidate& a, const Candidate& b) {
+    return a.score != b.score ? a.score > b.score : a.id < b.id;
+  });
+}
+
+double Sampler::total_weight() const {
+  double total = 0;
+  for (const Candidate& candidate : candidates_) total += candidate.weight;
+  return total;
 }
 
 double Sampler::exp_sums(const float* logits, int64_t vocab, const ExecContext& context) {
@@ -168,12 +177,11 @@ void Sampler::filter(const float* logits, int64_t vocab, const ExecContext& cont
     while (kept < candidates_.size() && (kept == 0 || ahead < params_.top_p * total)) {
       ahead += candidates_[kept++].weight;
     }
-    const bool complete = ahead >= params_.top_p * total;
     candidates_.resize(kept);
-    return complete;
   };
   if (cuts_k) {
     collect(logits, vocab, block_threshold(params_.top_k));
+    rank_candidates();
     const size_t k = static_cast<size_t>(params_.top_k);
     if (candidates_.size() > k) {
       const float last = candidates_[k - 1].score;
@@ -183,17 +191,17 @@ void Sampler::filter(const float* logits, int64_t vocab, const ExecContext& cont
       candidates_.erase(end, candidates_.end());
     }
     if (cuts_p) {
-      double total = 0;
-      for (const Candidate& candidate : candidates_) total += candidate.weight;
-      keep_top_p(total);
+      keep_top_p(total_weight());
     }
   } else if (cuts_p) {
     const double total = exp_sums(logits, vocab, context);
     const int64_t blocks = block_count(vocab);
     for (int64_t count = 32;; count *= 4) {
       collect(logits, vocab, block_threshold(count));
-      if (keep_top_p(total) || count >= blocks) break;
+      if (count >= blocks || total_weight() >= params_.top_p * total) break;
     }
+    rank_candidates();
+    keep_top_p(total);
   } else {
     // A little below the exact limit, which is applied next.
     const double reach =
@@ -201,6 +209,7 @@ void Sampler::filter(const float* logits, int64_t vocab, const ExecContext& cont
     const double lowest =
         largest_ + reach * params_.temperature * (1 + 1e-5) - 1e-5 * std::abs(largest_);
     collect(logits, vocab, static_cast<float>(lowest));
+    rank_candidates();
   }
   if (params_.min_p > 0) {
     const auto end = std::find_if(candidates_.begin() + 1, candidates_.end(),
@@ -250,9 +259,7 @@ int32_t Sampler::choose(const float* logits, int64_t vocab, const ExecContext& c
       (params_.top_k == 0 || params_.top_k >= vocab) && params_.top_p == 1 && params_.min_p == 0;
   if (unfiltered) return draw_from_all(logits, vocab, context);
   filter(logits, vocab, context);
-  double total = 0;
-  for (const Candidate& candidate : candidates_) total += candidate.weight;
-  double target = total * uniform(params_.seed, drawn_);
+  double target = total_weight() * uniform(params_.seed, drawn_);
   int32_t chosen = candidates_.front().id;
   for (const Candidate& candidate : candidates_) {
     if (candidate.weight <= 0) break;
@@ -313,8 +320,7 @@ std::vector<std::pair<int32_t, double>> Sampler::distribution(float* logits, int
   if (params_.temperature == 0)
     return {{static_cast<int32_t>(ops::argmax(row(logits, vocab), context)), 1.0}};
   filter(logits, vocab, context);
-  double total = 0;
-  for (const Candidate& candidate : candidates_) total += candidate.weight;
+  const double total = total_weight();
   std::vector<std::pair<int32_t, double>> result;
   for (const Candidate& candidate : candidates_)
     result.emplace_back(candidate.id, candidate.weight / total);

@@ -79,6 +79,8 @@ class Sampler {
   void largest_blocks(const float* logits, int64_t vocab, const ExecContext& context);
   float block_threshold(int64_t count);
   void collect(const float* logits, int64_t vocab, float threshold);
+  void rank_candidates();
+  double total_weight() const;
   void filter(const float* logits, int64_t vocab, const ExecContext& context);
   double exp_sums(const float* logits, int64_t vocab, const ExecContext& context);
   int32_t draw_from_all(const float* logits, int64_t vocab, const ExecContext& context);

@@ -4,7 +4,7 @@
 //   formats A row of a panel is one dword in each 64-byte line, so the lines of its half panel are
 //   touched whole: the layout serves the matrix product, and a step gathers few rows. levels: all;
 //   plain loops for the panel formats, bound by the cache misses bytes per row: F32 and BF16 the
-//   row; Int8 about 32 * cols, the 4-bit formats about 16 * cols
+//   row; Int8 about 16 * cols, the 4-bit formats about 8 * cols
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/vec.h"
 
