@@ -84,6 +84,39 @@ def linear_float_cases() -> Iterator[Case]:
                 )
 
 
+def linear_quantized_cases() -> Iterator[Case]:
+    def make(tokens: int, rows: int, cols: int, fmt: str) -> Run:
+        x, values = torch.randn(tokens, cols), torch.randn(rows, cols)
+        data = quant_reference.pack(fmt, quant_reference.quantize(fmt, values.numpy()))
+        weight = ops.PackedWeight(data, fmt, rows, cols)
+        narrow, torch_weight = x.bfloat16(), values.bfloat16()
+
+        def check(out: torch.Tensor) -> None:
+            ref = x.double() @ torch.from_numpy(ops.unpack_weight(weight)).double().T
+            relative = ((out - ref).square().mean() / ref.square().mean()).sqrt().item()
+            # Gaussian x rounded to steps of max / 127, max = 3.3 sigma of 1024: 3.3 / 127 / 12^0.5
+            # = 0.0075; weights folded to int8 as much again; twice the root of both squares.
+            assert relative <= 0.022, f"relative error {relative:.4f}, limit 0.022"
+
+        def plain() -> torch.Tensor:
+            return torch.nn.functional.linear(narrow, torch_weight)
+
+        return Run(lambda: ops.linear(x, weight), plain, check)
+
+    shapes = [(9728, 896), (896, 4864)]  # Qwen2.5-0.5B gate + up, down
+    for fmt in quant_reference.FORMATS:
+        for tokens in (1, 4, 16, 512):
+            for rows, cols in shapes:
+                yield Case(
+                    "linear",
+                    f"tokens={tokens} {rows}x{cols} {fmt}",
+                    lambda t=tokens, r=rows, c=cols, f=fmt: make(t, r, c, f),
+                    quant_reference.packed_bytes(fmt, rows, cols) + 4 * tokens * (rows + cols),
+                    2 * tokens * rows * cols,
+                    "read_bandwidth" if tokens <= 4 else "tile_int8",
+                )
+
+
 def quantize_cases() -> Iterator[Case]:
     """Loading: a checkpoint's blocks to the engine's formats."""
 
@@ -303,6 +336,7 @@ CASES = [
     *swiglu_cases(),
     *gather_cases(),
     *sampling_cases(),
+    *linear_quantized_cases(),
 ]
 
 

@@ -128,17 +128,20 @@ std::vector<Isa> built_isas() {
 }
 
 std::vector<std::pair<std::string, Isa>> kernel_sources(Isa isa) {
-  std::vector<std::pair<std::string, Isa>> sources;
-  for (const char* name : kOpNames) sources.emplace_back(name, Isa::Scalar);
+  std::array<Isa, kOpCount> source{};
   std::array<void (*)(), kOpCount> below{};
   for (int level = 0; level <= static_cast<int>(isa); ++level) {
     const CpuKernels table = kernels_at(static_cast<Isa>(level));
     std::array<void (*)(), kOpCount> entries;
     std::memcpy(entries.data(), &table, sizeof table);
     for (size_t op = 0; op < kOpCount; ++op) {
-      if (entries[op] != below[op]) sources[op].second = static_cast<Isa>(level);
+      if (entries[op] != below[op]) source[op] = static_cast<Isa>(level);
     }
     below = entries;
+  }
+  std::vector<std::pair<std::string, Isa>> sources;
+  for (size_t op = 0; op < kOpCount; ++op) {
+    if (below[op] != nullptr) sources.emplace_back(kOpNames[op], source[op]);
   }
   return sources;
 }

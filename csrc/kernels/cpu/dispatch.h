@@ -20,7 +20,8 @@ void set_active_isa(Isa isa);
 /// Levels compiled into this library, ascending.
 std::vector<Isa> built_isas();
 
-/// For each op the level that provides it when `isa` is active, as {op, level} in table order.
+/// For each op the level that provides it when `isa` is active, as {op, level} in table order. Ops
+/// that neither this level nor one below has are left out.
 std::vector<std::pair<std::string, Isa>> kernel_sources(Isa isa);
 
 }  // namespace qn::cpu

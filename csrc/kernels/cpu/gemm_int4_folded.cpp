@@ -19,6 +19,8 @@ namespace {
 
 constexpr int64_t kStepsPerBlock = kFoldedBlockCols / kFoldedTileCols;  // that share a scale of x
 constexpr int64_t kTileBytes = 1024;
+constexpr int64_t kPrefetchBytes =
+    3072;  // of packed weights; matters when few tokens share a panel
 
 /// Turns the units of one packed panel (a group of half its rows) into int8 tiles
 /// [step][half][16][64].
@@ -52,6 +54,8 @@ class PanelUnpacker {
     const int half = static_cast<int>(unit_ % 2);
     ++unit_;
     const uint8_t* block = packed_ + sizeof(PanelHeader) + group * kInt4BlockBytes;
+    const uint8_t* ahead = block + kPrefetchBytes + half * (kInt4BlockBytes / 2);
+    for (int i = 0; i <= kInt4BlockBytes / 2; i += 64) __builtin_prefetch(ahead + i, 0, 3);
     const __m512i rounding = _mm512_set1_epi32(64);
     __m512i factor, offset;
     if (has_min_) {
