@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -248,12 +249,18 @@ def _load(options: argparse.Namespace) -> LLM:
 
 def _chat(options: argparse.Namespace) -> int:
     message = options.message
-    if not sys.stdin.isatty():
-        piped = _read_stdin()
-        message = "\n\n".join(part for part in (message, piped) if part)
+    piped = sys.stdin is not None and not sys.stdin.isatty()
+    if message == "-" or (message is None and piped):
+        message, piped = _read_stdin(), False
         if not message:
-            raise ValueError("there is no message: neither an argument nor piped text")
+            raise ValueError("there is no message: standard input is empty")
     llm = _load(options)
+    if message is not None and piped:
+        # The pipe may be one that nobody ever closes, inherited from whoever started us.
+        if _stdin_has_data():
+            message = "\n\n".join(part for part in (message, _read_stdin()) if part)
+        else:
+            print('qwen-native: nothing was piped in; "-" waits for it', file=sys.stderr)
     sampling = _sampling_options(options)
     if message is None:
         from qwen_native.chat_session import ChatSession
@@ -394,6 +401,14 @@ def _perplexity(options: argparse.Namespace) -> int:
     else:
         print(f"{value:.4f}")
     return 0
+
+
+def _stdin_has_data() -> bool:
+    """Whether reading standard input would not wait: it has bytes, or it is at its end."""
+    try:
+        return bool(select.select([sys.stdin], [], [], 0)[0])
+    except (OSError, ValueError):
+        return True
 
 
 def _read_stdin() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -129,7 +130,17 @@ def test_chat_reads_piped_text(use_demo, monkeypatch, capsys):
     assert "byte 0xff at 0, expected UTF-8" in capsys.readouterr().err
     monkeypatch.setattr(sys, "stdin", Input(b""))
     assert cli.main(["chat"]) == 2
-    assert "no message" in capsys.readouterr().err
+    assert "standard input is empty" in capsys.readouterr().err
+
+
+def test_chat_does_not_wait_for_a_pipe_that_stays_open(use_demo, monkeypatch, capsys):
+    reading, writing = os.pipe()
+    with open(reading) as stdin, open(writing, "w"):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert cli.main(["chat", "Say yes.", "--temperature", "0", "--max-new-tokens", "4"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.strip()
+    assert "nothing was piped in" in captured.err
 
 
 def test_generate_continues_a_text(use_demo, capsys):

@@ -101,6 +101,29 @@ def test_results_do_not_depend_on_batch_chunks_or_threads(tmp_path, isa, weights
         assert np.array_equal(scores, np.array(out.logprobs, dtype=np.float32))
 
 
+def test_preemption_does_not_change_results(tmp_path):
+    """Three sequences of two pages each share a cache of four: some have to start over."""
+    make_checkpoint(tmp_path, "qwen2")
+    llm = LLM(tmp_path, weights="int8")
+    prompts = [random_ids(40, seed=n) for n in range(3)]
+
+    def run(prompts: list[list[int]], cache_tokens: int) -> list[list[int]]:
+        engine = _C.Engine(
+            llm.model, threads=2, context=128, cache_tokens=cache_tokens, kv_dtype=llm.kv_dtype
+        )
+        greedy = _C.SamplingParams(temperature=0.0)
+        ids = [engine.add(p, greedy, max_new_tokens=60, stop_ids=[]) for p in prompts]
+        tokens: dict[int, list[int]] = {i: [] for i in ids}
+        while engine.has_work:
+            for request, _, token, *_ in engine.step():
+                tokens[request].append(token)
+        return [tokens[i] for i in ids]
+
+    together = run(prompts, cache_tokens=256)
+    assert together == [run([prompt], cache_tokens=1024)[0] for prompt in prompts]
+    assert all(len(tokens) == 60 for tokens in together)
+
+
 def test_quantised_weights_are_wired_like_the_full_ones(tmp_path):
     """Quantisation itself is bounded in test_quantize.py. Logits of an unrelated model would be
     sqrt(2) standard deviations away; 4 bits are about 12 times coarser than 8.
