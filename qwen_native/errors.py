@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ def quoted(value: object) -> str:
     except ValueError:
         # Python refuses to print integers of more than 4300 digits.
         return "a number of more than 4300 digits"
-    text = " ".join(text.split())
+    text = re.sub(r"\s*\n\s*", " ", text)
     return text if len(text) <= 100 else text[:97] + "..."
 
 

@@ -112,9 +112,10 @@ class Output:
         if not self.held:
             return
         found = [(self.held.find(stop), stop) for stop in self.stop_texts]
-        hits = [position for position, _ in found if position >= 0]
-        if hits:
-            self._emit(self.held[: min(hits)])
+        ends = [(start + len(stop), start) for start, stop in found if start >= 0]
+        if ends:
+            _, start = min(ends)  # the one that is complete first, however the text was cut
+            self._emit(self.held[:start])
             self.held = ""
             self.stop_texts = ()
             self.finish_reason = "stop"
