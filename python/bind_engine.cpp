@@ -74,10 +74,10 @@ class ModelBuilder {
         pool_(threads),
         weights_(std::make_unique<model::Weights>(config_, requested_format(weights))) {}
 
-  /// `shape` has one or two dimensions; returns whether the data stays in use (it is then kept
-  /// alive).
-  bool add(const std::string& name, const std::string& type, const std::vector<int64_t>& shape,
-           const py::buffer& data) {
+  /// `shape` has one or two dimensions. `release(begin, end)` is called with byte ranges of `data`
+  /// that have been packed; data that is used in place is kept alive.
+  void add(const std::string& name, const std::string& type, const std::vector<int64_t>& shape,
+           const py::buffer& data, const py::object& release) {
     const SourceType source = ops::source_type_from_name(type);
     QN_CHECK(shape.size() == 1 || shape.size() == 2, "[model] tensor ", name, " has ", shape.size(),
              " dimensions, expected 1 or 2");
@@ -91,9 +91,13 @@ class ModelBuilder {
       py::gil_scoped_acquire locked;
       delete static_cast<const py::buffer*>(kept);
     });
+    const auto release_range = [&release](size_t begin, size_t end) {
+      py::gil_scoped_acquire locked;
+      release(begin, end);
+    };
     py::gil_scoped_release unlocked;
     workspace_.reset();
-    return weights_->add({name, source, rows, cols, info.ptr, owner}, {pool_, workspace_});
+    weights_->add({name, source, rows, cols, info.ptr, owner, release_range}, {pool_, workspace_});
   }
 
   std::shared_ptr<model::QwenModel> finish() {
@@ -146,7 +150,7 @@ void register_engine(py::module_& module) {
       .def(py::init<const py::dict&, const std::string&, bool, int>(), py::arg("config"),
            py::arg("weights"), py::arg("invariant"), py::arg("threads"))
       .def("add", &ModelBuilder::add, py::arg("name"), py::arg("type"), py::arg("shape"),
-           py::arg("data"))
+           py::arg("data"), py::arg("release"))
       .def("finish", &ModelBuilder::finish);
 
   py::class_<rt::Engine>(module, "Engine")

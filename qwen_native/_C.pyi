@@ -1,6 +1,6 @@
 """The native engine (python/*.cpp). Arrays are numpy arrays or DLPack CPU tensors, never copied."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -155,8 +155,16 @@ class ModelBuilder:
     def __init__(
         self, config: dict[str, Any], weights: str, invariant: bool, threads: int
     ) -> None: ...
-    def add(self, name: str, type: str, shape: list[int], data: npt.NDArray[np.uint8]) -> bool:
-        """Take a tensor; return whether its data stays in use."""
+    def add(
+        self,
+        name: str,
+        type: str,
+        shape: list[int],
+        data: npt.NDArray[np.uint8],
+        release: Callable[[int, int], None],
+    ) -> None:
+        """Take a tensor; `release` gets the byte ranges of `data` that are not needed any more."""
+
     def finish(self) -> Model: ...
 
 class Engine:

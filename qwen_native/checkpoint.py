@@ -69,14 +69,14 @@ class Checkpoint:
     chat_template: str | None
     _files: tuple[MappedFile, ...]
 
-    def release(self, tensor: TensorSource) -> None:
-        """Drop the resident pages of a tensor that has been packed and is not needed any more.
+    def release(self, tensor: TensorSource, begin: int = 0, end: int | None = None) -> None:
+        """Drop the resident pages of a tensor's bytes [begin, end) that are not needed any more.
 
         Without it the resident set would hold the source beside the packed copy. The data stay
         readable; touching them reads the file again.
         """
         file = next(file for file in self._files if file.path == tensor.file)
-        file.release(tensor.data)
+        file.release(tensor.data[begin:end])
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -23,6 +23,7 @@ from qwen_native.checkpoint import Checkpoint, open_checkpoint
 from qwen_native.generation import Completion, Output
 from qwen_native.hub import resolve_model
 from qwen_native.sampling import SamplingOptions
+from qwen_native.tensor_source import TensorSource
 from qwen_native.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]
@@ -392,9 +393,11 @@ def _load_weights(
     total = sum(tensor.data.nbytes for tensor in checkpoint.tensors.values())
     done = 0
     for name, tensor in checkpoint.tensors.items():
-        in_use = builder.add(name, tensor.dtype, list(tensor.shape), tensor.data)
-        if not in_use:
-            checkpoint.release(tensor)
+
+        def release(begin: int, end: int, tensor: TensorSource = tensor) -> None:
+            checkpoint.release(tensor, begin, end)
+
+        builder.add(name, tensor.dtype, list(tensor.shape), tensor.data, release)
         done += tensor.data.nbytes
         if progress is not None:
             progress("loading weights", done, total)

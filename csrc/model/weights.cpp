@@ -10,6 +10,7 @@ namespace {
 constexpr size_t kArenaChunk =
     size_t{256} << 20;  // many tensors in one mapping, so that small ones get huge pages too
 constexpr size_t kAlignment = 64;
+constexpr size_t kPackBlock = size_t{4} << 20;  // bytes of a source tensor that are packed at once
 
 /// The format of a matrix: "int4" keeps a Q4_0 source exactly, everything else follows the request.
 WeightFormat choose_format(RequestedFormat requested, SourceType source) {
@@ -71,7 +72,7 @@ void* Weights::arena_allocate(size_t bytes) {
   return result;
 }
 
-bool Weights::add(const SourceTensor& tensor, const ExecContext& context) {
+void Weights::add(const SourceTensor& tensor, const ExecContext& context) {
   QN_CHECK(!matrices_.count(tensor.name) && !vectors_.count(tensor.name), "[model] tensor ",
            tensor.name, " was given twice");
   if (is_vector(tensor.name)) {
@@ -80,7 +81,7 @@ bool Weights::add(const SourceTensor& tensor, const ExecContext& context) {
     ops::decode_source(values, tensor.rows, tensor.cols, tensor.type, tensor.data, context);
     vectors_[tensor.name] = {values, size};
     total_bytes_ += static_cast<size_t>(size) * sizeof(float);
-    return false;
+    return;
   }
   const WeightFormat format = choose_format(requested_, tensor.type);
   const bool in_place = used_in_place(format, tensor.type);
@@ -89,13 +90,29 @@ bool Weights::add(const SourceTensor& tensor, const ExecContext& context) {
   if (in_place) {
     matrix.owner = tensor.owner;
   } else {
-    void* packed = arena_allocate(bytes);
-    ops::pack_weight(packed, format, tensor.rows, tensor.cols, tensor.type, tensor.data, context);
+    char* packed = static_cast<char*>(arena_allocate(bytes));
+    pack(packed, format, tensor, context);
     matrix.view.data = packed;
   }
   matrices_[tensor.name] = matrix;
   total_bytes_ += bytes;
-  return in_place;
+}
+
+/// Block by block, so that the resident set never holds a large tensor twice.
+void Weights::pack(char* out, WeightFormat format, const SourceTensor& tensor,
+                   const ExecContext& context) {
+  const size_t row_bytes = ops::source_bytes(tensor.type, 1, tensor.cols);
+  const int64_t panels =
+      std::max<int64_t>(1, static_cast<int64_t>(kPackBlock / row_bytes) / kPanelRows);
+  const int64_t block = panels * kPanelRows;
+  for (int64_t row = 0; row < tensor.rows; row += block) {
+    const int64_t rows = std::min(block, tensor.rows - row);
+    const size_t begin = static_cast<size_t>(row) * row_bytes;
+    ops::pack_weight(out, format, rows, tensor.cols, tensor.type,
+                     static_cast<const char*>(tensor.data) + begin, context);
+    out += ops::weight_bytes(format, rows, tensor.cols);
+    if (tensor.release) tensor.release(begin, begin + static_cast<size_t>(rows) * row_bytes);
+  }
 }
 
 const WeightView& Weights::matrix(const std::string& name) const {

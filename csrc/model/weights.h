@@ -1,5 +1,6 @@
 // The weights of one model: built tensor by tensor from a checkpoint, then read-only.
 #pragma once
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -24,6 +25,8 @@ struct SourceTensor {
   int64_t rows, cols;  // vectors have one row
   const void* data;
   std::shared_ptr<const void> owner;  // keeps `data` alive where the weight is used in place
+  std::function<void(size_t begin, size_t end)>
+      release;  // these bytes are not needed any more; may be empty
 };
 
 /// Matrices that take the same input; their outputs stand side by side.
@@ -49,8 +52,8 @@ class Weights {
       : config_(config), requested_(requested) {}
 
   /// Converts one tensor to its format; F32 and BF16 matrices that already have it are used where
-  /// they are mapped. Returns whether the tensor's data stays in use.
-  bool add(const SourceTensor& tensor, const ExecContext& context);
+  /// they are mapped.
+  void add(const SourceTensor& tensor, const ExecContext& context);
 
   /// Arranges the tensors into layers; throws ArgumentError naming the first one that is missing or
   /// mis-shaped.
@@ -73,6 +76,7 @@ class Weights {
   };
 
   void* arena_allocate(size_t bytes);
+  void pack(char* out, WeightFormat format, const SourceTensor& tensor, const ExecContext& context);
   const WeightView& matrix(const std::string& name) const;
   WeightView expect_matrix(const std::string& name, int64_t rows, int64_t cols) const;
   const float* expect_vector(const std::string& name, int64_t size) const;
