@@ -73,9 +73,13 @@ def test_help_teaches_by_example(command, capsys):
     assert f"qwen-native {command}" in capsys.readouterr().out.split("examples:")[1]
 
 
-def test_the_installed_command_runs():
+def test_the_installed_command_runs(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "qwen_native.cli", "--version"], capture_output=True, text=True
+        [sys.executable, "-m", "qwen_native.cli", "--version"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        cwd=tmp_path,  # not the checkout, whose package may lack the extension
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0
     assert done.stdout.startswith("qwen-native ")

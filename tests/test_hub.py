@@ -220,6 +220,7 @@ def start(demo: DemoModel, tmp_path: Path, pause: float) -> subprocess.Popen[str
     return subprocess.Popen(
         [sys.executable, "-c", JOIN_SCRIPT, *arguments],
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), *sys.path])},
+        cwd=tmp_path,  # not the checkout, whose package may lack the extension
         stdout=subprocess.PIPE,
         text=True,
     )
