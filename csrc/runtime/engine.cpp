@@ -29,8 +29,7 @@ EngineOptions checked(const model::ModelConfig& config, EngineOptions options) {
 
 }  // namespace
 
-struct Engine::Sequence {
-  SequenceState state;
+struct Engine::Sequence : SequenceState {
   int64_t request;
   int index;
   std::vector<int32_t> tokens;  // prompt and generated
@@ -51,7 +50,7 @@ struct Engine::Sequence {
         rope(std::move(rope_)),
         sampler(with_seed(r.sampling, index_), r.prompt),
         forks_to_start(index_ == 0 ? r.n - 1 : 0) {
-    state.length = prompt_length;
+    length = prompt_length;
   }
 
   static SamplingParams with_seed(SamplingParams params, int index) {
@@ -98,7 +97,7 @@ int64_t Engine::add(const Request& request) {
     created.push_back(std::make_unique<Sequence>(request, id, index, rope));
   }
   ++next_request_;
-  scheduler_.add(&created[0]->state);
+  scheduler_.add(created[0].get());
   for (auto& sequence : created) {
     const int index = sequence->index;
     sequences_[{id, index}] = std::move(sequence);
@@ -112,7 +111,7 @@ void Engine::abort(int64_t request, std::optional<int> index) {
   const auto end =
       sequences_.upper_bound({request, index.value_or(std::numeric_limits<int>::max())});
   while (it != end) {
-    scheduler_.remove(&it->second->state);
+    scheduler_.remove(it->second.get());
     it = sequences_.erase(it);
   }
 }
@@ -156,16 +155,13 @@ std::vector<Emitted> Engine::step() {
   const std::vector<Chunk> chunks = scheduler_.schedule();
   if (chunks.empty()) return {};
 
-  std::map<const SequenceState*, Sequence*> owners;
-  for (auto& [key, sequence] : sequences_) owners[&sequence->state] = sequence.get();
-
   model::BatchPlan plan;
   std::vector<Sequence*> sampled;
   for (const Chunk& chunk : chunks) {
-    Sequence* sequence = owners.at(chunk.sequence);
-    append_rows(plan, sequence->tokens, chunk.sequence->computed, chunk.count,
-                chunk.sequence->pages, sequence->rope);
-    if (chunk.sequence->computed + chunk.count == chunk.sequence->length) {
+    Sequence* sequence = static_cast<Sequence*>(chunk.sequence);  // all of ours are
+    append_rows(plan, sequence->tokens, sequence->computed, chunk.count, sequence->pages,
+                sequence->rope);
+    if (sequence->computed + chunk.count == sequence->length) {
       plan.output_rows.push_back(static_cast<int32_t>(plan.tokens() - 1));
       sampled.push_back(sequence);
     }
@@ -184,7 +180,7 @@ std::vector<Emitted> Engine::step() {
   for (const Emitted& emitted : out) {
     if (emitted.finish == FinishReason::None) continue;
     const auto finished = sequences_.find({emitted.request, emitted.index});
-    scheduler_.remove(&finished->second->state);
+    scheduler_.remove(finished->second.get());
     sequences_.erase(finished);
   }
   return out;
@@ -194,13 +190,13 @@ void Engine::emit(Sequence& sequence, float* logits, std::vector<Emitted>& out) 
   const SampledToken token =
       sequence.sampler.sample(logits, model_->config().vocab_size, context());
   sequence.tokens.push_back(token.id);
-  ++sequence.state.length;
+  ++sequence.length;
   FinishReason finish = FinishReason::None;
   if (std::find(sequence.stop_ids.begin(), sequence.stop_ids.end(), token.id) !=
       sequence.stop_ids.end()) {
     finish = FinishReason::Stop;
-  } else if (sequence.state.length - sequence.prompt_length >= sequence.max_new_tokens ||
-             sequence.state.length >= options_.context) {
+  } else if (sequence.length - sequence.prompt_length >= sequence.max_new_tokens ||
+             sequence.length >= options_.context) {
     finish = FinishReason::Length;
   }
   out.push_back({sequence.request, sequence.index, token, finish});
@@ -211,9 +207,9 @@ void Engine::start_forks(Sequence& first, float* logits, std::vector<Emitted>& o
     const auto found = sequences_.find({first.request, index});
     if (found == sequences_.end()) continue;  // aborted meanwhile
     Sequence& fork = *found->second;
-    const Scheduler::PageCopy copy = scheduler_.fork(fork.state, first.state);
+    const Scheduler::PageCopy copy = scheduler_.fork(fork, first);
     if (copy.to >= 0) memory_.copy_page(copy.to, copy.from);
-    scheduler_.add(&fork.state);
+    scheduler_.add(&fork);
     emit(fork, logits, out);
   }
   first.forks_to_start = 0;

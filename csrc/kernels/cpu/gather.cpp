@@ -1,10 +1,12 @@
 // Embedding lookup: out[t] = row ids[t] of the table, dequantised to float32.
 //
-//   out [tokens, cols] f32; ids [tokens] i32; table F32, BF16 or one of quant_layout.h's panel
-//   formats A row of a panel is one dword in each 64-byte line, so the lines of its half panel are
-//   touched whole: the layout serves the matrix product, and a step gathers few rows. levels: all;
-//   plain loops for the panel formats, bound by the cache misses bytes per row: F32 and BF16 the
-//   row; Int8 about 16 * cols, the 4-bit formats about 8 * cols
+//   out [tokens, cols] f32; ids [tokens] i32
+//   table: F32, BF16 or one of quant_layout.h's panel formats
+//   levels: all; plain loops for the panel formats, bound by the cache misses
+//   bytes per row: F32 and BF16 the row; Int8 about 16 * cols, the 4-bit formats about 8 * cols
+//
+// A row of a panel is one dword in each 64-byte line, so the lines of its half panel are touched
+// whole: the layout serves the matrix product, and a step gathers few rows.
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/vec.h"
 

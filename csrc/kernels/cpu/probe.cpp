@@ -1,9 +1,8 @@
 // Ceilings of this machine: loops of nothing but loads, or nothing but one kind of multiplication
 // on registers.
 //
-//   ReadStreams   the blocks [begin, end) in four interleaved sequential streams, which keep more
-//   cache lines in
-//                 flight than one (docs/KERNELS.md); every line is loaded once
+//   ReadStreams   the blocks [begin, end) in four interleaved sequential streams, which keep
+//                 more cache lines in flight than one; every line is loaded once
 //   FmaF32        float32 multiply-add, all levels
 //   DotInt8       u8 x s8 -> i32: vpdpbusd from avx512 on, vpmaddubsw + vpmaddwd at avx2
 //   TileInt8/Bf16 2 x 2 tile multiplications without reloads, level amx

@@ -1,9 +1,9 @@
 // RMSNorm: out = x / sqrt(mean(x^2) + eps) * weight, optionally after residual += x.
 //
 //   x, out, residual [rows, cols] f32 or bf16; weight [cols] f32 or bf16
-//   accumulation: float32 in four Vecs of sixteen lanes, reduced pairwise; one rounding, at the
-//   store levels: all (Vec); with a residual the row is read twice, the second time from L1 bytes
-//   per row: 2 * cols * sizeof(T), with a residual 4 * cols * sizeof(T)
+//   accumulation: float32 in four Vecs of sixteen lanes, reduced pairwise; one rounding at the end
+//   levels: all (Vec); with a residual the row is read twice, the second time from L1
+//   bytes per row: 2 * cols * sizeof(T), with a residual 4 * cols * sizeof(T)
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/vec.h"
 

@@ -1,9 +1,11 @@
-// RoPE, half-split pairs, in place: (a, b) = (x[i], x[i + half]) becomes (a cos - b sin, b cos + a
-// sin).
+// RoPE, half-split pairs, in place:
+// (a, b) = (x[i], x[i + half]) becomes (a cos - b sin, b cos + a sin).
 //
-//   x [tokens, heads, head_dim] f32 or bf16; cos, sin [tokens, half] f32; elements from 2 * half on
-//   are untouched arithmetic: float32, one rounding at the store levels: all (Vec) bytes per token:
-//   4 * heads * half * sizeof(T)
+//   x [tokens, heads, head_dim] f32 or bf16; elements from 2 * half on are untouched
+//   cos, sin [tokens, half] f32
+//   arithmetic: float32, one rounding at the store
+//   levels: all (Vec)
+//   bytes per token: 4 * heads * half * sizeof(T)
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/vec.h"
 

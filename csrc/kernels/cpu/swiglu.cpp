@@ -2,8 +2,9 @@
 //
 //   out, gate, up [tokens, inter] f32 or bf16; out may be gate or up
 //   unit of work: kSwigluBlock columns of one row
-//   arithmetic: float32, one rounding at the store; -inf in gate gives NaN, as the formula does in
-//   torch levels: all (Vec) bytes per row: 3 * inter * sizeof(T)
+//   arithmetic: float32, one rounding at the store; -inf in gate gives NaN, as in torch
+//   levels: all (Vec)
+//   bytes per row: 3 * inter * sizeof(T)
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/vec.h"
 
