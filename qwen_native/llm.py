@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import secrets
@@ -23,7 +24,6 @@ from qwen_native.checkpoint import Checkpoint, open_checkpoint
 from qwen_native.generation import Completion, Output
 from qwen_native.hub import resolve_model
 from qwen_native.sampling import SamplingOptions
-from qwen_native.tensor_source import TensorSource
 from qwen_native.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]
@@ -264,7 +264,8 @@ class LLM:
         config = self.config
         element = 4 if self.kv_dtype == "f32" else 2
         bytes_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * element
-        budget = int(_available_memory() * _MEMORY_SHARE) // bytes_per_token
+        available = _available_memory()
+        budget = int(available * _MEMORY_SHARE) // bytes_per_token
         if context is None:
             context = config.context_length
             if budget < context:
@@ -275,10 +276,10 @@ class LLM:
                 )
         elif not isinstance(context, int) or not 1 <= context <= config.context_length:
             raise ValueError(f"context is {context!r}, expected 1 to {config.context_length}")
-        elif context * bytes_per_token > _available_memory():
+        elif context * bytes_per_token > available:
             raise ValueError(
                 f"context is {context}: its KV cache takes {context * bytes_per_token} bytes, "
-                f"expected at most the {_available_memory()} that are free"
+                f"expected at most the {available} that are free"
             )
         return context, max(context, min(budget, 64 * context))
 
@@ -380,7 +381,7 @@ def _load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     else:
         tokenizer = Tokenizer.from_folder(checkpoint.path)
     if tokenizer is not None:
-        tokenizer.encode("")  # builds the merge engine now, beside the weights
+        tokenizer.encode("a")  # builds the merge engine now, beside the weights
     return tokenizer
 
 
@@ -393,10 +394,7 @@ def _load_weights(
     total = sum(tensor.data.nbytes for tensor in checkpoint.tensors.values())
     done = 0
     for name, tensor in checkpoint.tensors.items():
-
-        def release(begin: int, end: int, tensor: TensorSource = tensor) -> None:
-            checkpoint.release(tensor, begin, end)
-
+        release = functools.partial(checkpoint.release, tensor)
         builder.add(name, tensor.dtype, list(tensor.shape), tensor.data, release)
         done += tensor.data.nbytes
         if progress is not None:

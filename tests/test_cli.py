@@ -10,12 +10,11 @@ import subprocess
 import sys
 
 import pytest
+from demo_model import demo_path
 from model.tiny import make_checkpoint
 
 from qwen_native import cli
 from qwen_native.chat_session import ChatSession
-from qwen_native.errors import CheckpointError
-from qwen_native.hub import resolve_model
 from qwen_native.llm import LLM
 
 
@@ -38,11 +37,7 @@ def tiny(tmp_path):
 
 @pytest.fixture(scope="module")
 def demo() -> LLM:
-    try:
-        path = resolve_model(None)
-    except CheckpointError as error:
-        pytest.skip(f"no demo model: {error}")
-    return LLM(path, weights="int8", context=1024)
+    return LLM(demo_path(), weights="int8", context=1024)
 
 
 @pytest.fixture

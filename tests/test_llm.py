@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from demo_model import demo_path
 from model.tiny import make_checkpoint
 
 import qwen_native
-from qwen_native import LLM, CheckpointError
-from qwen_native.hub import resolve_model
+from qwen_native import LLM
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
@@ -26,11 +26,7 @@ def tiny(tmp_path_factory) -> LLM:
 
 @pytest.fixture(scope="module")
 def demo() -> LLM:
-    try:
-        path = resolve_model(None)
-    except CheckpointError as error:
-        pytest.skip(f"no demo model: {error}")
-    return LLM(path, weights="auto", context=1024)
+    return LLM(demo_path(), weights="auto", context=1024)
 
 
 def test_single_and_batched_prompts_have_their_shapes(tiny):
