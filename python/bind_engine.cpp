@@ -65,6 +65,27 @@ model::RequestedFormat requested_format(const std::string& name) {
                       "', expected one of auto, int4, int8, bf16, f32");
 }
 
+std::pair<int64_t, int64_t> rows_and_cols(const std::string& name,
+                                          const std::vector<int64_t>& shape) {
+  QN_CHECK(shape.size() == 1 || shape.size() == 2, "[model] tensor ", name, " has ", shape.size(),
+           " dimensions, expected 1 or 2");
+  return {shape.size() == 2 ? shape[0] : 1, shape.back()};
+}
+
+/// Lets go of `data` where the last copy goes, in any thread.
+std::shared_ptr<const void> keep(const py::buffer& data) {
+  return {new py::buffer(data), [](const void* kept) {
+            py::gil_scoped_acquire locked;
+            delete static_cast<const py::buffer*>(kept);
+          }};
+}
+
+void check_size(const std::string& name, const py::buffer_info& info, size_t expected) {
+  const size_t bytes = static_cast<size_t>(info.size * info.itemsize);
+  QN_CHECK(bytes == expected, "[model] tensor ", name, " has ", bytes, " bytes, expected ",
+           expected);
+}
+
 /// Packs a checkpoint tensor by tensor; finish() makes the model.
 class ModelBuilder {
  public:
@@ -79,18 +100,10 @@ class ModelBuilder {
   void add(const std::string& name, const std::string& type, const std::vector<int64_t>& shape,
            const py::buffer& data, const py::object& release) {
     const SourceType source = ops::source_type_from_name(type);
-    QN_CHECK(shape.size() == 1 || shape.size() == 2, "[model] tensor ", name, " has ", shape.size(),
-             " dimensions, expected 1 or 2");
-    const int64_t rows = shape.size() == 2 ? shape[0] : 1;
-    const int64_t cols = shape.back();
+    const auto [rows, cols] = rows_and_cols(name, shape);
     const py::buffer_info info = data.request();
-    const size_t bytes = static_cast<size_t>(info.size * info.itemsize);
-    QN_CHECK(bytes == ops::source_bytes(source, rows, cols), "[model] tensor ", name, " has ",
-             bytes, " bytes, expected ", ops::source_bytes(source, rows, cols));
-    const std::shared_ptr<const void> owner(new py::buffer(data), [](const void* kept) {
-      py::gil_scoped_acquire locked;
-      delete static_cast<const py::buffer*>(kept);
-    });
+    check_size(name, info, ops::source_bytes(source, rows, cols));
+    const std::shared_ptr<const void> owner = keep(data);
     const auto release_range = [&release](size_t begin, size_t end) {
       py::gil_scoped_acquire locked;
       release(begin, end);
@@ -98,6 +111,16 @@ class ModelBuilder {
     py::gil_scoped_release unlocked;
     workspace_.reset();
     weights_->add({name, source, rows, cols, info.ptr, owner, release_range}, {pool_, workspace_});
+  }
+
+  /// Takes a tensor that has the engine's layout; `data` is used where it lies.
+  void add_packed(const std::string& name, const std::string& format,
+                  const std::vector<int64_t>& shape, const py::buffer& data) {
+    const WeightFormat packed = ops::weight_format_from_name(format);
+    const auto [rows, cols] = rows_and_cols(name, shape);
+    const py::buffer_info info = data.request();
+    check_size(name, info, ops::weight_bytes(packed, rows, cols));
+    weights_->add_packed({name, {info.ptr, packed, rows, cols, cols}, keep(data)});
   }
 
   std::shared_ptr<model::QwenModel> finish() {
@@ -151,7 +174,14 @@ void register_engine(py::module_& module) {
            py::arg("weights"), py::arg("invariant"), py::arg("threads"))
       .def("add", &ModelBuilder::add, py::arg("name"), py::arg("type"), py::arg("shape"),
            py::arg("data"), py::arg("release"))
+      .def("add_packed", &ModelBuilder::add_packed, py::arg("name"), py::arg("format"),
+           py::arg("shape"), py::arg("data"))
       .def("finish", &ModelBuilder::finish);
+  module.def("chosen_format", [](const std::string& weights, const std::string& source) {
+    return model::format_name(
+        model::choose_format(requested_format(weights), ops::source_type_from_name(source)));
+  });
+  module.def("is_vector", &model::is_vector);
 
   py::class_<rt::Engine>(module, "Engine")
       .def(py::init([](std::shared_ptr<model::QwenModel> model, int threads, int64_t context,

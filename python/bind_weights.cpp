@@ -5,6 +5,7 @@
 #include <string>
 
 #include "bindings.h"
+#include "core/checksum.h"
 #include "core/error.h"
 #include "packed_weight.h"
 
@@ -91,6 +92,18 @@ void register_weights(py::module_& module) {
   module.def("decode_source", &decode, py::arg("data").noconvert(), py::arg("source"),
              py::arg("rows"), py::arg("cols"));
   module.def("unpack_weight", &unpack);
+  module.def("weight_bytes", [](const std::string& format, int64_t rows, int64_t cols) {
+    return ops::weight_bytes(ops::weight_format_from_name(format), rows, cols);
+  });
+  module.def(
+      "checksum",
+      [](const Bytes& data) {
+        const void* bytes = data.data();
+        const size_t size = static_cast<size_t>(data.nbytes());
+        py::gil_scoped_release unlocked;
+        return checksum(bytes, size);
+      },
+      py::arg("data").noconvert());
 }
 
 }  // namespace qn::python

@@ -73,6 +73,17 @@ def decode_source(
     data: npt.NDArray[np.uint8], source: str, rows: int, cols: int
 ) -> npt.NDArray[np.float32]: ...
 def unpack_weight(weight: PackedWeight, /) -> npt.NDArray[np.float32]: ...
+def weight_bytes(format: str, rows: int, cols: int, /) -> int:
+    """Return the bytes of a packed weight."""
+
+def checksum(data: npt.NDArray[np.uint8]) -> int:
+    """Return the 64-bit checksum of packed files (csrc/core/checksum.h)."""
+
+def is_vector(name: str, /) -> bool:
+    """Return whether a tensor (norm or bias) is held as plain float32 values."""
+
+def chosen_format(weights: str, source: str, /) -> str:
+    """Return the format that a matrix of type `source` gets when `weights` was asked for."""
 
 class LinearSegment:
     """One weight of a linear layer; its result starts at column `out_offset` of out."""
@@ -164,6 +175,11 @@ class ModelBuilder:
         release: Callable[[int, int], None],
     ) -> None:
         """Take a tensor; `release` gets the byte ranges of `data` that are not needed any more."""
+
+    def add_packed(
+        self, name: str, format: str, shape: list[int], data: npt.NDArray[np.uint8]
+    ) -> None:
+        """Take a tensor in the engine's layout, 64-byte aligned, and use it where it lies."""
 
     def finish(self) -> Model: ...
 

@@ -320,6 +320,8 @@ def _info(options: argparse.Namespace) -> int:
                 for name, (count, size) in llm.model.bytes_by_format.items()
             },
             "weight_bytes": llm.model.weight_bytes,
+            "packed_file": None if llm.packed_file is None else str(llm.packed_file),
+            "receipt": dict(llm.receipt),
             "kv_dtype": llm.kv_dtype,
             "context": llm.context,
             "defaults": asdict(llm.defaults),
@@ -351,6 +353,9 @@ def _info(options: argparse.Namespace) -> int:
                 for name, entry in model["weights"].items()
             )
         )
+        print(f"packed   {model['packed_file'] or 'no file, converted at every load'}")
+        for name, value in model["receipt"].items():
+            print(f"  {name} = {value}")
         print(f"cache    {model['kv_dtype']}, context {model['context']} tokens")
         for name, value in model["config"].items():
             print(f"  {name} = {value}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -13,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_native.errors import CheckpointError, quoted
+
+_FAULT_AROUND = 1 << 16  # fault_around_bytes of Linux
 
 
 def open_regular(path: Path) -> int:
@@ -110,9 +113,10 @@ class MappedFile:
         path: the file.
         buffer: the map, for `struct.unpack_from` and for slices that copy.
         bytes: the whole file as a read-only array, [size], uint8.
+        status: size, times and inode when it was opened.
     """
 
-    __slots__ = ("buffer", "bytes", "path")
+    __slots__ = ("buffer", "bytes", "path", "status")
 
     def __init__(self, path: Path) -> None:
         """Map `path`.
@@ -123,7 +127,8 @@ class MappedFile:
         self.path = path
         descriptor = open_regular(path)
         try:
-            size = os.fstat(descriptor).st_size
+            self.status = os.fstat(descriptor)
+            size = self.status.st_size
             if size == 0:
                 raise CheckpointError(f"{path}: is empty")
             self.buffer = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
@@ -136,10 +141,10 @@ class MappedFile:
         self.bytes: npt.NDArray[np.uint8] = np.frombuffer(self.buffer, dtype=np.uint8)
 
     def release(self, view: npt.NDArray[np.uint8]) -> None:
-        """Drop the resident pages that lie wholly inside `view`, a slice of `bytes`.
+        """Drop the resident pages of `view`, a slice of `bytes`, and of its surroundings.
 
-        The view stays valid; touching it again reads the file again. Pages shared with neighbours
-        stay, so that releasing one tensor costs no other.
+        The view stays valid; touching it again reads the file again. Up to 64 KB around it go too,
+        because the kernel brings in as much around every page that is touched.
 
         Raises:
             ValueError: `view` is not inside this map.
@@ -148,10 +153,14 @@ class MappedFile:
         end = begin + view.nbytes
         if begin < 0 or end > self.bytes.nbytes:
             raise ValueError(f"the view is not part of the map of {self.path}")
-        first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
-        last = end // mmap.PAGESIZE * mmap.PAGESIZE
-        if end == self.bytes.nbytes:
-            # The padding of the file's last page belongs to nobody else.
-            last = end
+        first = begin // _FAULT_AROUND * _FAULT_AROUND
+        last = min(-(-end // _FAULT_AROUND) * _FAULT_AROUND, self.bytes.nbytes)
         if last > first:
             self.buffer.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def advise(self, begin: int, end: int, advice: int) -> None:
+        """Give the kernel a hint on the pages of bytes [begin, end); what it refuses is ignored."""
+        first = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > first:
+            with contextlib.suppress(OSError):
+                self.buffer.madvise(advice, first, end - first)

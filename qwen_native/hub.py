@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import importlib.util
 import json
 import os
@@ -80,8 +79,8 @@ def resolve_model(model: str | Path | None, progress: Progress | None = None) ->
     """Return the local folder or GGUF file of a model, fetching or joining it when needed.
 
     Args:
-        model: None for the demo, a local folder, a local .gguf file, or the id `owner/name` of a
-            repository on Hugging Face. What exists locally wins.
+        model: None for the demo, a local folder, a local .gguf or .qn file, or the id
+            `owner/name` of a repository on Hugging Face. What exists locally wins.
         progress: called while the demo is joined or checked.
 
     Raises:
@@ -99,7 +98,7 @@ def resolve_model(model: str | Path | None, progress: Progress | None = None) ->
     if isinstance(model, str) and _REPOSITORY.fullmatch(model) and path.suffix != ".gguf":
         return _download(model)
     raise CheckpointError(
-        f"model {quoted(str(model))} does not exist, expected a folder, a .gguf file, "
+        f"model {quoted(str(model))} does not exist, expected a folder, a .gguf or .qn file, "
         "or a Hugging Face repository id owner/name"
     )
 
@@ -141,7 +140,7 @@ def demo_model(demo: DemoModel, folder: Path, progress: Progress | None = None) 
         return path
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder / f"{demo.file_name}.lock"):
+        with file_lock(folder / f"{demo.file_name}.lock"):
             # Another process may have joined it meanwhile.
             if not _is_stamped(path, demo) and not _is_intact(path, demo, progress):
                 _join(path, demo, progress)
@@ -164,7 +163,7 @@ def _cache_error(folder: Path, demo: DemoModel, error: OSError) -> CheckpointErr
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def file_lock(path: Path) -> Iterator[None]:
     """Hold a lock that the system drops when the process ends, however it ends."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -205,6 +204,8 @@ def _join(path: Path, demo: DemoModel, progress: Progress | None) -> None:
         raise OSError(errno.ENOSPC, f"only {free} bytes are free")
     try:
         with partial.open("wb") as target:
+            import hashlib  # takes longer to import than to check the stamp
+
             digest, done = hashlib.sha256(), 0
             for part in parts:
                 with part.open("rb") as source:
@@ -239,6 +240,8 @@ def _is_intact(path: Path, demo: DemoModel, progress: Progress | None) -> bool:
             status = os.fstat(file.fileno())
             if status.st_size != demo.size:
                 return False
+            import hashlib  # takes longer to import than to check the stamp
+
             digest, done = hashlib.sha256(), 0
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)

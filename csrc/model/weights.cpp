@@ -12,24 +12,24 @@ constexpr size_t kArenaChunk =
 constexpr size_t kAlignment = 64;
 constexpr size_t kPackBlock = size_t{4} << 20;  // bytes of a source tensor that are packed at once
 
-/// The format of a matrix: "int4" keeps a Q4_0 source exactly, everything else follows the request.
+bool used_in_place(WeightFormat format, SourceType source) {
+  return (format == WeightFormat::F32 && source == SourceType::F32) ||
+         (format == WeightFormat::BF16 && source == SourceType::BF16);
+}
+
+}  // namespace
+
+bool is_vector(const std::string& name) {
+  return name.ends_with("norm.weight") || name.ends_with(".bias");
+}
+
+/// "int4" keeps a Q4_0 source exactly, everything else follows the request.
 WeightFormat choose_format(RequestedFormat requested, SourceType source) {
   if (!requested) return native_format(source);
   if (*requested == WeightFormat::Int4 && source == SourceType::Q4_0)
     return WeightFormat::Int4Symmetric;
   return *requested;
 }
-
-bool used_in_place(WeightFormat format, SourceType source) {
-  return (format == WeightFormat::F32 && source == SourceType::F32) ||
-         (format == WeightFormat::BF16 && source == SourceType::BF16);
-}
-
-bool is_vector(const std::string& name) {
-  return name.ends_with("norm.weight") || name.ends_with(".bias");
-}
-
-}  // namespace
 
 const char* format_name(WeightFormat format) {
   switch (format) {
@@ -72,9 +72,30 @@ void* Weights::arena_allocate(size_t bytes) {
   return result;
 }
 
+void Weights::check_new(const std::string& name) const {
+  QN_CHECK(!matrices_.count(name) && !vectors_.count(name), "[model] tensor ", name,
+           " was given twice");
+}
+
+void Weights::add_packed(const PackedTensor& tensor) {
+  check_new(tensor.name);
+  const WeightView& view = tensor.view;
+  QN_CHECK(reinterpret_cast<uintptr_t>(view.data) % kAlignment == 0, "[model] tensor ", tensor.name,
+           " is not aligned to ", kAlignment, " bytes");
+  if (is_vector(tensor.name)) {
+    QN_CHECK(view.format == WeightFormat::F32 && view.rows == 1, "[model] tensor ", tensor.name,
+             " is ", format_name(view.format), "[", view.rows, ", ", view.cols,
+             "], expected an f32 vector");
+    vectors_[tensor.name] = {static_cast<const float*>(view.data), view.cols};
+    vector_owners_.push_back(tensor.owner);
+  } else {
+    matrices_[tensor.name] = {view, tensor.owner};
+  }
+  total_bytes_ += ops::weight_bytes(view.format, view.rows, view.cols);
+}
+
 void Weights::add(const SourceTensor& tensor, const ExecContext& context) {
-  QN_CHECK(!matrices_.count(tensor.name) && !vectors_.count(tensor.name), "[model] tensor ",
-           tensor.name, " was given twice");
+  check_new(tensor.name);
   if (is_vector(tensor.name)) {
     const int64_t size = tensor.rows * tensor.cols;
     float* values = static_cast<float*>(arena_allocate(static_cast<size_t>(size) * sizeof(float)));

@@ -29,6 +29,20 @@ struct SourceTensor {
       release;  // these bytes are not needed any more; may be empty
 };
 
+/// A tensor that already has the engine's layout: a matrix in any format, or (one row, F32) a
+/// vector. `data` is 64-byte aligned and used where it lies, `owner` keeps it alive.
+struct PackedTensor {
+  std::string name;
+  WeightView view;
+  std::shared_ptr<const void> owner;
+};
+
+/// Whether a tensor is held as plain float32 values: norms and biases.
+bool is_vector(const std::string& name);
+
+/// The format that a matrix of type `source` gets.
+WeightFormat choose_format(RequestedFormat requested, SourceType source);
+
 /// Matrices that take the same input; their outputs stand side by side.
 struct Linear {
   std::vector<ops::LinearSegment> segments;
@@ -55,6 +69,9 @@ class Weights {
   /// they are mapped.
   void add(const SourceTensor& tensor, const ExecContext& context);
 
+  /// Takes one tensor as it lies.
+  void add_packed(const PackedTensor& tensor);
+
   /// Arranges the tensors into layers; throws ArgumentError naming the first one that is missing or
   /// mis-shaped.
   void finish();
@@ -75,6 +92,7 @@ class Weights {
     std::shared_ptr<const void> owner;
   };
 
+  void check_new(const std::string& name) const;
   void* arena_allocate(size_t bytes);
   void pack(char* out, WeightFormat format, const SourceTensor& tensor, const ExecContext& context);
   const WeightView& matrix(const std::string& name) const;
@@ -89,6 +107,7 @@ class Weights {
   size_t arena_used_ = 0;
   std::map<std::string, Matrix> matrices_;
   std::map<std::string, std::pair<const float*, int64_t>> vectors_;
+  std::vector<std::shared_ptr<const void>> vector_owners_;
   std::vector<LayerWeights> layers_;
   const float* final_norm_ = nullptr;
   Linear lm_head_;
