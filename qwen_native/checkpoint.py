@@ -78,6 +78,13 @@ class Checkpoint:
         file = next(file for file in self._files if file.path == tensor.file)
         file.release(tensor.data[begin:end])
 
+    def forget_vocabulary(self) -> None:
+        """Drop the vocabulary in the GGUF metadata, which is large, once it has been read."""
+        for key in ("tokens", "merges", "token_type", "scores"):
+            self.metadata.pop(f"tokenizer.ggml.{key}", None)
+        for file in self._files:
+            file.release(file.bytes)
+
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a Hugging Face folder (config.json and safetensors) or a .gguf file.

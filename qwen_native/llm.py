@@ -5,11 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import os
-import secrets
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -450,10 +448,12 @@ class _Loaded:
         threads: int,
         progress: Progress | None,
     ) -> _Loaded:
-        with ThreadPoolExecutor(1) as background:  # the tokenizer is built while weights are packed
-            future = background.submit(_load_tokenizer, checkpoint)
-            model = _load_weights(checkpoint, weights, invariant, threads, progress)
-            tokenizer = future.result()
+        # First, so that what it takes to read the vocabulary is gone before the weights come.
+        tokenizer = load_tokenizer(checkpoint)
+        if tokenizer is not None:
+            tokenizer = tokenizer.compact()
+        checkpoint.forget_vocabulary()
+        model = _load_weights(checkpoint, weights, invariant, threads, progress)
         return cls(
             checkpoint.config,
             checkpoint.generation_config,
@@ -463,13 +463,6 @@ class _Loaded:
             None,
             {},
         )
-
-
-def _load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
-    tokenizer = load_tokenizer(checkpoint)
-    if tokenizer is not None:
-        tokenizer.encode("a")  # builds the merge engine now, beside the weights
-    return tokenizer
 
 
 def _load_weights(
@@ -483,6 +476,8 @@ def _load_weights(
     for name, tensor in checkpoint.tensors.items():
         release = functools.partial(checkpoint.release, tensor)
         builder.add(name, tensor.dtype, list(tensor.shape), tensor.data, release)
+        if _C.is_vector(name):
+            release()
         done += tensor.data.nbytes
         if progress is not None:
             progress("loading weights", done, total)
@@ -499,9 +494,13 @@ def _native_sampling(options: SamplingOptions) -> _C.SamplingParams:
         presence_penalty=options.presence_penalty,
         frequency_penalty=options.frequency_penalty,
         logit_bias=sorted((options.logit_bias or {}).items()),
-        seed=secrets.randbelow(_MAX_SEED) if options.seed is None else options.seed,
+        seed=_random_seed() if options.seed is None else options.seed,
         logprobs=-1 if options.logprobs is None else options.logprobs,
     )
+
+
+def _random_seed() -> int:
+    return int.from_bytes(os.urandom(8), "little") % _MAX_SEED
 
 
 def _checked_ids(ids: Sequence[int]) -> list[int]:

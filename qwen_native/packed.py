@@ -12,7 +12,6 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -362,7 +361,7 @@ class PackedFile:
             header = self._read_header()
             try:
                 self._take_header(header)
-            except (KeyError, TypeError, ValueError, OverflowError) as error:
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
                 if isinstance(error, UnusablePackedFile):
                     raise
                 raise UnusablePackedFile(f"the header is damaged: {quoted(str(error))}") from error
@@ -479,6 +478,8 @@ class PackedFile:
         Raises:
             UnusablePackedFile: one differs.
         """
+        from concurrent.futures import ThreadPoolExecutor  # most loads do without
+
         entries = [*self._sections.values(), *self._tensors]
 
         def is_intact(entry: _Entry) -> bool:

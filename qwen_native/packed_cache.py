@@ -115,12 +115,13 @@ def write_checkpoint(
     free = shutil.disk_usage(target.parent).free
     if free < needed:
         raise OSError(f"{needed} bytes are needed, only {free} are free")
+    tokenizer = load_tokenizer(checkpoint)
     write(
         target,
         config=checkpoint.config,
         generation_config=checkpoint.generation_config,
         chat_template=checkpoint.chat_template,
-        tokenizer=load_tokenizer(checkpoint),
+        tokenizer=None if tokenizer is None else tokenizer.compact(),
         tensors=tensors,
         weights=weights,
         source=source,

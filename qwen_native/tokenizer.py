@@ -195,6 +195,11 @@ class Tokenizer:
             return self._short
         return TokenTable.build(self._plain, self._ranks, self._rank_to_id)
 
+    def compact(self) -> Tokenizer:
+        """Return the same tokenizer over flat arrays: a tenth of the memory, and short text is
+        encoded at once; the merge engine is built for the first long one."""
+        return Tokenizer.from_table(self.table(), self.added, self.vocab_size)
+
     @functools.cached_property
     def _ranks(self) -> dict[bytes, int]:
         assert self._short is not None

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import struct
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from qwen_native.checkpoint import Checkpoint, open_checkpoint
 from qwen_native.errors import CheckpointError
 from qwen_native.packed import PackedFile, PackedTensor, UnusablePackedFile, layout_fingerprint
 from qwen_native.packed_cache import write_checkpoint
-from qwen_native.tokenizer import Tokenizer
+from qwen_native.tokenizer import AddedToken, Tokenizer
 
 PROMPT = [5, 9, 200, 17, 3, 3, 42]
 RECEIPT = {"mean_kl": 0.004, "layers": [1, 2]}
@@ -221,7 +222,7 @@ def altered(source: Path, target: Path, begin: int, data: bytes) -> Path:
 def test_every_flipped_bit_is_found(data):
     small, scratch = files()
     size = small.stat().st_size
-    ends = sorted({entry.offset + entry.bytes for entry in PackedFile(small)._tensors})
+    ends = sorted({entry.offset + entry.bytes for entry in entries(PackedFile(small))})
     where = data.draw(
         st.one_of(
             st.integers(0, 63),
@@ -260,7 +261,11 @@ def files() -> tuple[Path, Path]:
 
     folder = Path(tempfile.mkdtemp())
     make_checkpoint(folder, "qwen3", num_heads=2, num_kv_heads=1, num_hidden_layers=1)
-    write_int8(folder / "small.qn", folder)
+    tokens = [*(bytes([i]) for i in range(256)), b"ab"]
+    tokenizer = Tokenizer(
+        tokens, range(257), [AddedToken(257, "<|x|>", True)], {t: i for i, t in enumerate(tokens)}
+    )
+    write_int8(folder / "small.qn", folder, tokenizer)
     return folder / "small.qn", folder / "damaged.qn"
 
 
@@ -268,7 +273,11 @@ def is_used(path: Path, where: int) -> bool:
     file = PackedFile(path)
     if where < file._header_end:
         return where < 40 or where >= 64
-    return any(entry.offset <= where < entry.offset + entry.bytes for entry in file._tensors)
+    return any(entry.offset <= where < entry.offset + entry.bytes for entry in entries(file))
+
+
+def entries(file: PackedFile) -> list:
+    return [*file._sections.values(), *file._tensors]
 
 
 def with_header(path: Path, change) -> Path:
@@ -279,7 +288,7 @@ def with_header(path: Path, change) -> Path:
     header = json.loads(data[64 : 64 + length])
     header = change(header) or header
     text = json.dumps(header, separators=(",", ":")).encode()
-    room = min(t[4] for t in json.loads(data[64 : 64 + length])["tensors"]) - 64
+    room = min(entry.offset for entry in entries(PackedFile(small))) - 64
     if len(text) > room:
         pytest.skip("the changed header does not fit before the tensors")
     prefix = struct.pack("<8sIIQQQ", magic, version, zero, len(text), size, 0)
@@ -316,6 +325,10 @@ def set_in(header: dict, *steps_and_value) -> None:
         ("tensors", [[]]),
         ("tensors", None),
         ("tokenizer", {}),
+        ("tokenizer", []),
+        ("tokenizer", "sections", []),
+        ("tokenizer", "sections", "texts", None),
+        ("tokenizer", "sections", "offsets", [64, 4, "0"]),
         ("tokenizer", {"sections": {"texts": [64, 1, "0"]}}),
         ("formats", {}),
         ("formats", "int8", "0" * 16),  # another layout
@@ -335,6 +348,76 @@ def test_lying_headers_are_refused(steps, tmp_path):
     path = with_header(tmp_path, lambda header: set_in(header, *steps))
     with pytest.raises(UnusablePackedFile):
         PackedFile(path)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(1 << 64), 1 << 64)
+    | st.sampled_from([0.0, 1e300, -1, 64, 1 << 31, 1 << 63, "", "int4", "f32", "texts"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("ab"), inner),
+    max_leaves=3,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_whatever_a_header_says_nothing_crashes(data):
+    def change(header: dict) -> None:
+        node = header
+        while True:
+            key = data.draw(
+                st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node)))
+            )
+            child = node[key]
+            if (
+                not isinstance(child, (dict, list))
+                or not child
+                or data.draw(st.integers(0, 3)) == 0
+            ):
+                node[key] = data.draw(JSON)
+                return
+            node = child
+
+    path = with_header(None, change)
+    try:
+        file = PackedFile(path)
+        tokenizer = file.tokenizer()
+        file.load(False, 1)
+    except CheckpointError:
+        return
+    if tokenizer is not None:
+        tokenizer.decode(tokenizer.encode("a<|x|> ab"))
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "shape", "size", "shift", "problem"),
+    [
+        ("model.norm.weight", "f32", [96], 384, 4, "not aligned to 64"),
+        ("model.norm.weight", "f32", [96], 380, 0, "has 380 bytes, expected 384"),
+        ("model.norm.weight", "bf16", [96], 192, 0, "expected an f32 vector"),
+        ("model.norm.weight", "f32", [2, 48], 384, 0, "expected an f32 vector"),
+        ("lm_head.weight", "int3", [32, 32], 384, 0, "format is 'int3'"),
+        ("lm_head.weight", "f32", [2, 3, 4], 96, 0, "has 3 dimensions"),
+    ],
+)
+def test_the_builder_checks_what_it_is_given(name, format, shape, size, shift, problem, folder):
+    config = asdict(open_checkpoint(folder).config)
+    builder = _C.ModelBuilder(config, "auto", False, 1)
+    memory = np.zeros(1024, np.uint8)
+    begin = -memory.ctypes.data % 64 + shift
+    with pytest.raises(ValueError, match=problem):
+        builder.add_packed(name, format, shape, memory[begin : begin + size])
+
+
+def test_the_builder_takes_each_tensor_once(folder):
+    builder = _C.ModelBuilder(asdict(open_checkpoint(folder).config), "auto", False, 1)
+    data = _C.pack_weight(np.zeros(4096, np.uint8), "F32", 32, 32, "int8").data
+    builder.add_packed("lm_head.weight", "int8", [32, 32], data)
+    with pytest.raises(ValueError, match="given twice"):
+        builder.add_packed("lm_head.weight", "int8", [32, 32], data)
+    with pytest.raises(ValueError, match="is missing"):
+        builder.finish()
 
 
 def test_a_header_must_have_every_key(tmp_path):
