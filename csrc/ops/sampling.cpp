@@ -42,6 +42,12 @@ bool has_nan(const float* x, int64_t n) {
   return std::any_of(x, x + n, [](float value) { return std::isnan(value); });
 }
 
+float largest_number(const float* x, int64_t n) {
+  float largest = -std::numeric_limits<float>::infinity();
+  for (int64_t i = 0; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+  return largest;
+}
+
 void reduce_blocks(const char* op, const TensorView& out, const TensorView& x, float shift,
                    float scale, void (*kernel)(const BlockReduceArgs&, int64_t, int64_t),
                    const ExecContext& context) {
@@ -64,6 +70,10 @@ int64_t argmax(const TensorView& x, const ExecContext&) {
   int64_t best_block = 0;
   for_each_block({nullptr, values, n, 0, 0}, cpu::active_cpu_kernels().block_max,
                  [&](int64_t block, float value) {
+                   if (std::isnan(value)) {
+                     const int64_t first = block * kReduceBlock;
+                     value = largest_number(values + first, std::min(n - first, kReduceBlock));
+                   }
                    if (value > largest) {
                      largest = value;
                      best_block = block;

@@ -112,7 +112,18 @@ double Sampler::uniform(uint64_t seed, uint64_t index) {
 void Sampler::largest_blocks(const float* logits, int64_t vocab, const ExecContext& context) {
   block_max_.resize(static_cast<size_t>(block_count(vocab)));
   ops::block_max(row(block_max_.data(), block_count(vocab)), row(logits, vocab), context);
-  largest_ = *std::max_element(block_max_.begin(), block_max_.end());
+  largest_ = -kInfinity;
+  for (float value : block_max_) {
+    if (std::isnan(value)) QN_FAIL("[sampler] logits have NaN, expected finite numbers or -inf");
+    largest_ = std::max(largest_, value);
+  }
+}
+
+/// The first token with the largest logit.
+int32_t Sampler::likeliest(const float* logits, int64_t vocab) const {
+  const auto block = std::find(block_max_.begin(), block_max_.end(), largest_) - block_max_.begin();
+  return static_cast<int32_t>(std::find(logits + block * kBlock, logits + vocab, largest_) -
+                              logits);
 }
 
 /// A value that at least `count` logits reach: the count-th largest of the blocks' maxima.
@@ -143,10 +154,14 @@ void Sampler::collect(const float* logits, int64_t vocab, float threshold) {
   }
 }
 
+/// Order of candidates; of equals the higher id is the less likely.
+bool Sampler::less_likely(const Candidate& a, const Candidate& b) {
+  return a.score != b.score ? a.score < b.score : a.id > b.id;
+}
+
 void Sampler::rank_candidates() {
-  std::sort(candidates_.begin(), candidates_.end(), [](const Candidate& a, const Candidate& b) {
-    return a.score != b.score ? a.score > b.score : a.id < b.id;
-  });
+  std::sort(candidates_.begin(), candidates_.end(),
+            [](const Candidate& a, const Candidate& b) { return less_likely(b, a); });
 }
 
 double Sampler::total_weight() const {
@@ -155,9 +170,10 @@ double Sampler::total_weight() const {
   return total;
 }
 
-double Sampler::exp_sums(const float* logits, int64_t vocab, const ExecContext& context) {
+/// Sum of exp((logit - largest) * scale), and in block_sum_ those of the blocks.
+double Sampler::exp_sums(const float* logits, int64_t vocab, float scale,
+                         const ExecContext& context) {
   block_sum_.resize(static_cast<size_t>(block_count(vocab)));
-  const float scale = std::min(1.0f / params_.temperature, std::numeric_limits<float>::max());
   ops::block_exp_sum(row(block_sum_.data(), block_count(vocab)), row(logits, vocab), largest_,
                      scale, context);
   double total = 0;
@@ -171,13 +187,18 @@ double Sampler::exp_sums(const float* logits, int64_t vocab, const ExecContext& 
 void Sampler::filter(const float* logits, int64_t vocab, const ExecContext& context) {
   const bool cuts_k = params_.top_k > 0 && params_.top_k < vocab;
   const bool cuts_p = params_.top_p < 1;
+  // A heap, so that a small set out of many candidates costs no sort of them all.
   const auto keep_top_p = [&](double total) {
-    double ahead = 0;
-    size_t kept = 0;
-    while (kept < candidates_.size() && (kept == 0 || ahead < params_.top_p * total)) {
-      ahead += candidates_[kept++].weight;
+    const auto begin = candidates_.begin();
+    auto rest = candidates_.end();
+    std::make_heap(begin, rest, less_likely);
+    for (double ahead = 0; rest != begin; --rest) {
+      if (rest != candidates_.end() && ahead >= params_.top_p * total) break;
+      ahead += begin->weight;
+      std::pop_heap(begin, rest, less_likely);
     }
-    candidates_.resize(kept);
+    candidates_.erase(begin, rest);
+    std::reverse(candidates_.begin(), candidates_.end());
   };
   if (cuts_k) {
     collect(logits, vocab, block_threshold(params_.top_k));
@@ -194,13 +215,12 @@ void Sampler::filter(const float* logits, int64_t vocab, const ExecContext& cont
       keep_top_p(total_weight());
     }
   } else if (cuts_p) {
-    const double total = exp_sums(logits, vocab, context);
+    const double total = exp_sums(logits, vocab, inverse_temperature(), context);
     const int64_t blocks = block_count(vocab);
     for (int64_t count = 32;; count *= 4) {
       collect(logits, vocab, block_threshold(count));
       if (count >= blocks || total_weight() >= params_.top_p * total) break;
     }
-    rank_candidates();
     keep_top_p(total);
   } else {
     // A little below the exact limit, which is applied next.
@@ -221,7 +241,8 @@ void Sampler::filter(const float* logits, int64_t vocab, const ExecContext& cont
 /// Inverse of the cumulative distribution over the whole vocabulary, in the order of the ids: first
 /// by blocks.
 int32_t Sampler::draw_from_all(const float* logits, int64_t vocab, const ExecContext& context) {
-  double target = exp_sums(logits, vocab, context) * uniform(params_.seed, drawn_);
+  double target =
+      exp_sums(logits, vocab, inverse_temperature(), context) * uniform(params_.seed, drawn_);
   size_t block = 0, last_possible = 0;
   for (; block < block_sum_.size(); ++block) {
     if (block_sum_[block] > 0) last_possible = block;
@@ -244,13 +265,12 @@ int32_t Sampler::draw_from_all(const float* logits, int64_t vocab, const ExecCon
   return static_cast<int32_t>(chosen);
 }
 
+/// Chooses from the logits that largest_blocks() saw.
 int32_t Sampler::choose(const float* logits, int64_t vocab, const ExecContext& context) {
-  largest_blocks(logits, vocab, context);
   if (largest_ == -kInfinity) QN_FAIL("[sampler] every logit is -inf, expected a token to choose");
   if (largest_ == kInfinity)
     QN_FAIL("[sampler] a logit is inf after bias and penalties, expected finite numbers");
-  if (params_.temperature == 0)
-    return static_cast<int32_t>(ops::argmax(row(logits, vocab), context));
+  if (params_.temperature == 0) return likeliest(logits, vocab);
   if (!std::isfinite(score(largest_))) {
     QN_FAIL("[sampler] the largest logit is ", largest_,
             ", which overflows when divided by temperature ", params_.temperature);
@@ -270,11 +290,9 @@ int32_t Sampler::choose(const float* logits, int64_t vocab, const ExecContext& c
   return chosen;
 }
 
-std::vector<TokenLogprob> Sampler::top(const float* logits, int64_t vocab, float log_sum,
-                                       const ExecContext& context) {
+std::vector<TokenLogprob> Sampler::top(const float* logits, int64_t vocab, float log_sum) {
   std::vector<TokenLogprob> result;
   if (params_.logprobs <= 0) return result;
-  largest_blocks(logits, vocab, context);
   const float threshold = block_threshold(params_.logprobs);
   std::vector<int32_t> ids;
   for (size_t block = 0; block < block_max_.size(); ++block) {
@@ -295,18 +313,23 @@ std::vector<TokenLogprob> Sampler::top(const float* logits, int64_t vocab, float
 
 SampledToken Sampler::sample(float* logits, int64_t vocab, const ExecContext& context) {
   validate(params_, vocab);
-  const float log_sum = ops::log_sum_exp(row(logits, vocab), context);
-  if (std::isnan(log_sum)) QN_FAIL("[sampler] logits have NaN, expected finite numbers or -inf");
-  if (log_sum == kInfinity) QN_FAIL("[sampler] logits have inf, expected finite numbers or -inf");
+  largest_blocks(logits, vocab, context);
+  if (largest_ == kInfinity) QN_FAIL("[sampler] logits have inf, expected finite numbers or -inf");
   SampledToken result{};
-  result.alternatives = top(logits, vocab, log_sum, context);
+  float log_sum = 0;
+  if (params_.logprobs >= 0 && largest_ > -kInfinity) {
+    log_sum = static_cast<float>(static_cast<double>(largest_) +
+                                 std::log(exp_sums(logits, vocab, 1.0f, context)));
+    result.alternatives = top(logits, vocab, log_sum);
+  }
   if (edits_logits_) {
     const Edits edits(*this, logits, vocab);
+    largest_blocks(logits, vocab, context);
     result.id = choose(logits, vocab, context);
   } else {
     result.id = choose(logits, vocab, context);
   }
-  result.logprob = logits[result.id] - log_sum;
+  if (params_.logprobs >= 0) result.logprob = logits[result.id] - log_sum;
   if (penalties_) ++seen_[result.id];
   ++drawn_;
   return result;
@@ -317,8 +340,7 @@ std::vector<std::pair<int32_t, double>> Sampler::distribution(float* logits, int
   validate(params_, vocab);
   const Edits edits(*this, logits, vocab);
   largest_blocks(logits, vocab, context);
-  if (params_.temperature == 0)
-    return {{static_cast<int32_t>(ops::argmax(row(logits, vocab), context)), 1.0}};
+  if (params_.temperature == 0) return {{likeliest(logits, vocab), 1.0}};
   filter(logits, vocab, context);
   const double total = total_weight();
   std::vector<std::pair<int32_t, double>> result;

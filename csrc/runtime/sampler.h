@@ -1,6 +1,9 @@
 // Chooses the next token of one sequence from its logits.
 #pragma once
+#include <algorithm>
 #include <cstdint>
+#include <limits>
+#include <optional>
 #include <span>
 #include <unordered_map>
 #include <utility>
@@ -25,7 +28,7 @@ struct SamplingParams {
   std::vector<std::pair<int32_t, float>>
       logit_bias;  // (token id, added to its logit); -inf forbids a token
   uint64_t seed = 0;
-  int logprobs = -1;  // likeliest alternatives reported with each token; -1 = none
+  int logprobs = -1;  // likeliest alternatives reported with each token; -1 = no log-probabilities
 };
 
 /// Throws ArgumentError naming the field and its value when one is out of range.
@@ -39,8 +42,9 @@ struct TokenLogprob {
 struct SampledToken {
   int32_t id;
   /// logits[id] - log_sum_exp(logits) in float32, of the logits as the model gave them, before
-  /// bias, penalties and temperature: what score() computes.
-  float logprob;
+  /// bias, penalties and temperature: what score() computes. Only when
+  /// asked for (logprobs >= 0).
+  std::optional<float> logprob;
   std::vector<TokenLogprob>
       alternatives;  // the `logprobs` likeliest tokens under the same logits, best first
 };
@@ -79,14 +83,18 @@ class Sampler {
   void largest_blocks(const float* logits, int64_t vocab, const ExecContext& context);
   float block_threshold(int64_t count);
   void collect(const float* logits, int64_t vocab, float threshold);
+  static bool less_likely(const Candidate& a, const Candidate& b);
   void rank_candidates();
   double total_weight() const;
   void filter(const float* logits, int64_t vocab, const ExecContext& context);
-  double exp_sums(const float* logits, int64_t vocab, const ExecContext& context);
+  double exp_sums(const float* logits, int64_t vocab, float scale, const ExecContext& context);
   int32_t draw_from_all(const float* logits, int64_t vocab, const ExecContext& context);
-  std::vector<TokenLogprob> top(const float* logits, int64_t vocab, float log_sum,
-                                const ExecContext& context);
+  std::vector<TokenLogprob> top(const float* logits, int64_t vocab, float log_sum);
+  int32_t likeliest(const float* logits, int64_t vocab) const;
   float score(float logit) const { return logit / params_.temperature; }
+  float inverse_temperature() const {
+    return std::min(1.0f / params_.temperature, std::numeric_limits<float>::max());
+  }
 
   SamplingParams params_;
   bool penalties_, edits_logits_;

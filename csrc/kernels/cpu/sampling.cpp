@@ -3,7 +3,7 @@
 // number of threads.
 //
 //   x [n] f32; out [ceil(n / 128)] f32
-//   block_max: NaN is ignored, a block without numbers gives -inf
+//   block_max: a block with NaN gives NaN
 //   block_exp_sum: sum of exp((x - shift) * scale) in two Vecs of float32; NaN propagates
 //   levels: all (Vec)
 //   bytes per element: 4
@@ -24,6 +24,13 @@ QN_INLINE Block block_of(const BlockReduceArgs& args, int64_t index) {
   return {args.x + first, left < kReduceBlock ? left : kReduceBlock};
 }
 
+bool has_nan(const Block& block) {
+  for (int64_t i = 0; i < block.size; ++i) {
+    if (block.x[i] != block.x[i]) return true;
+  }
+  return false;
+}
+
 }  // namespace
 
 void block_max(const BlockReduceArgs& args, int64_t begin, int64_t end) {
@@ -31,15 +38,23 @@ void block_max(const BlockReduceArgs& args, int64_t begin, int64_t end) {
   for (int64_t index = begin; index < end; ++index) {
     const Block block = block_of(args, index);
     Vec largest[2] = {Vec(lowest), Vec(lowest)};
+    Vec doubt[2] = {Vec::zero(),
+                    Vec::zero()};  // x - x is 0 but for NaN, which max() forgets, and inf
     int64_t i = 0;
-    // A NaN loses: max returns its second operand when the first is NaN.
     for (; i + 2 * Vec::kLanes <= block.size; i += 2 * Vec::kLanes) {
-      largest[0] = max(Vec::load(block.x + i), largest[0]);
-      largest[1] = max(Vec::load(block.x + i + Vec::kLanes), largest[1]);
+      for (int half = 0; half < 2; ++half) {
+        const Vec x = Vec::load(block.x + i + half * Vec::kLanes);
+        largest[half] = max(x, largest[half]);
+        doubt[half] = doubt[half] + (x - x);
+      }
     }
     float result = max(max(largest[0], largest[1]));
-    for (; i < block.size; ++i) result = block.x[i] > result ? block.x[i] : result;
-    args.out[index] = result;
+    float doubtful = sum(doubt[0] + doubt[1]);
+    for (; i < block.size; ++i) {
+      result = block.x[i] > result ? block.x[i] : result;
+      doubtful += block.x[i] - block.x[i];
+    }
+    args.out[index] = doubtful != 0 && has_nan(block) ? __builtin_nanf("") : result;
   }
 }
 
