@@ -140,6 +140,7 @@ class ModelBuilder {
 const char* finish_name(rt::FinishReason reason) {
   return reason == rt::FinishReason::Stop     ? "stop"
          : reason == rt::FinishReason::Length ? "length"
+         : reason == rt::FinishReason::Error  ? "error"
                                               : nullptr;
 }
 
@@ -202,12 +203,12 @@ void register_engine(py::module_& module) {
           "add",
           [](rt::Engine& engine, const std::vector<int32_t>& prompt,
              const rt::SamplingParams& sampling, int64_t max_new_tokens,
-             const std::vector<int32_t>& stop_ids, int n) {
+             const std::vector<int32_t>& stop_ids, int n, bool speculate) {
             py::gil_scoped_release unlocked;
-            return engine.add({prompt, sampling, max_new_tokens, stop_ids, n});
+            return engine.add({prompt, sampling, max_new_tokens, stop_ids, n, speculate});
           },
           py::arg("prompt"), py::arg("sampling"), py::kw_only(), py::arg("max_new_tokens"),
-          py::arg("stop_ids"), py::arg("n") = 1)
+          py::arg("stop_ids"), py::arg("n") = 1, py::arg("speculate") = false)
       .def("abort", &rt::Engine::abort, py::arg("request"), py::arg("index") = std::nullopt,
            py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("has_work", &rt::Engine::has_work)
@@ -224,7 +225,7 @@ void register_engine(py::module_& module) {
                for (const rt::TokenLogprob& t : e.token.alternatives)
                  top.append(py::make_tuple(t.id, t.logprob));
                out.append(py::make_tuple(e.request, e.index, e.token.id, e.token.logprob, top,
-                                         finish_name(e.finish)));
+                                         finish_name(e.finish), e.error));
              }
              return out;
            })

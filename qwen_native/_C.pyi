@@ -146,7 +146,7 @@ class Sampler:
     """Sampling state of one request: what it has seen, and its random numbers."""
 
     def __init__(self, params: SamplingParams, prompt: list[int] = ...) -> None: ...
-    def sample(self, logits: Array, /) -> tuple[int, float, list[tuple[int, float]]]: ...
+    def sample(self, logits: Array, /) -> tuple[int, float | None, list[tuple[int, float]]]: ...
     def distribution(self, logits: Array, /) -> list[tuple[int, float]]: ...
     @staticmethod
     def uniform(seed: int, index: int, /) -> float: ...
@@ -205,12 +205,19 @@ class Engine:
         max_new_tokens: int,
         stop_ids: list[int],
         n: int = 1,
+        speculate: bool = False,
     ) -> int: ...
     def abort(self, request: int, index: int | None = None) -> None: ...
     @property
     def has_work(self) -> bool: ...
-    def step(self) -> list[tuple[int, int, int, float, list[tuple[int, float]], str | None]]:
-        """Return (request, index, token, logprob, alternatives, finish reason) of new tokens."""
+    def step(
+        self,
+    ) -> list[tuple[int, int, int, float | None, list[tuple[int, float]], str | None, str]]:
+        """Return the new tokens.
+
+        Each is (request, index, token, logprob, alternatives, finish reason, error); with the
+        finish reason "error" there is no token.
+        """
     def logits(
         self, tokens: list[int], last: int, prompt_length: int = 0
     ) -> npt.NDArray[np.float32]: ...

@@ -188,6 +188,11 @@ def _add_sampling_options(command: argparse.ArgumentParser) -> None:
     for name, (kind, summary) in _SAMPLING.items():
         command.add_argument(f"--{name.replace('_', '-')}", type=kind, help=summary)
     command.add_argument(
+        "--speculation",
+        default="prompt_lookup",
+        help="prompt_lookup (default): guess text that is copied or edited; off",
+    )
+    command.add_argument(
         "--stop", action="append", help="end the output before this text (repeatable)"
     )
 
@@ -240,6 +245,7 @@ def _load(options: argparse.Namespace) -> LLM:
             weights=options.weights,
             threads=getattr(options, "threads", None),
             context=getattr(options, "context", None),
+            speculation=getattr(options, "speculation", "prompt_lookup"),
             progress=progress,
         )
     for notice in llm.notices:

@@ -66,6 +66,7 @@ class Output:
     Attributes:
         ready: Text that has been released since the caller last took it.
         finish_reason: None while it grows.
+        error: Why it could not go on; its `completion` then raises.
     """
 
     prompt_tokens: int
@@ -81,11 +82,12 @@ class Output:
     held: str = ""  # may be the start of a stop text
     ready: str = ""
     finish_reason: str | None = None
+    error: str = ""
     first_token: float = 0.0
     last_token: float = 0.0
 
     def push(
-        self, token: int, logprob: float, top: list[tuple[int, float]], finish: str | None
+        self, token: int, logprob: float | None, top: list[tuple[int, float]], finish: str | None
     ) -> None:
         """Take the next token; `finish` is the engine's reason when it is the last one."""
         self.last_token = time.perf_counter()
@@ -93,6 +95,7 @@ class Output:
             self.first_token = self.last_token
         self.token_ids.append(token)
         if self.with_logprobs:
+            assert logprob is not None
             self.logprobs.append(logprob)
         if self.with_top:
             self.top.append(top)
@@ -129,13 +132,24 @@ class Output:
             self.text.append(text)
             self.ready += text
 
+    def fail(self, error: str) -> None:
+        """End without a token."""
+        self.finish_reason = "error"
+        self.error = error
+
     def take(self) -> str:
         """Return the text that has been released since the last call."""
         text, self.ready = self.ready, ""
         return text
 
     def completion(self, rendered: RenderedPrompt | None) -> Completion:
-        """Return the finished continuation."""
+        """Return the finished continuation.
+
+        Raises:
+            RuntimeError: The model gave logits that no token can be chosen from.
+        """
+        if self.error:
+            raise RuntimeError(self.error)
         assert self.finish_reason is not None
         return Completion(
             "".join(self.text),

@@ -38,6 +38,7 @@ Prompt = str | Sequence[int]
 Message = Mapping[str, object]
 
 WEIGHTS = ("auto", "int4", "int8", "bf16", "f32")
+SPECULATION = ("prompt_lookup", "off")
 _MEMORY_SHARE = 0.5  # of the free memory, for the KV cache unless the caller says else
 _MAX_SEED = 1 << 63
 
@@ -67,6 +68,7 @@ class LLM:
         kv_dtype: str = "auto",
         invariant: bool = False,
         packed_cache: bool | None = None,
+        speculation: str = "prompt_lookup",
         progress: Progress | None = None,
     ) -> None:
         """Load a model.
@@ -87,6 +89,10 @@ class LLM:
             packed_cache: Keep quantised weights as a packed file in the cache folder, so that they
                 are made once, loaded at once and shared between processes (docs/PACKED_FILE.md).
                 Default: unless the environment variable QN_PACKED_CACHE is 0.
+            speculation: "prompt_lookup" drafts tokens that the prompt or the output already has in
+                the same succession, and verifies several at once: faster where text is copied or
+                edited, as fast as before where it is not. The output stays what it is with "off",
+                sampled output included.
             progress: Called with (what, done, total) while a model is joined or converted.
 
         Raises:
@@ -97,6 +103,11 @@ class LLM:
             raise ValueError(f"weights is {weights!r}, expected one of {', '.join(WEIGHTS)}")
         if kv_dtype not in ("auto", "bf16", "f32"):
             raise ValueError(f"kv_dtype is {kv_dtype!r}, expected auto, bf16 or f32")
+        if speculation not in SPECULATION:
+            raise ValueError(
+                f"speculation is {speculation!r}, expected one of {', '.join(SPECULATION)}"
+            )
+        self.speculation = speculation
         self.path = resolve_model(model, progress)
         self.threads = threads if threads is not None else _C.thread_budget()["threads"]
         self.notices: list[str] = []
@@ -382,6 +393,7 @@ class LLM:
                         max_new_tokens=sampling.max_new_tokens or self.context,
                         stop_ids=stop_ids,
                         n=sampling.n,
+                        speculate=self.speculation == "prompt_lookup",
                     )
                     requests.append(request)
                     self._live[request] = [
@@ -408,8 +420,13 @@ class LLM:
     def _step(self) -> None:
         """Run the engine once and hand its tokens to whoever waits for them, in any thread."""
         with self._lock:
-            for request, index, token, logprob, top, finish in self._engine.step():
+            for request, index, token, logprob, top, finish, error in self._engine.step():
                 output = self._live[request][index]
+                if output.finish_reason is not None:
+                    continue  # drafted beyond a stop text
+                if error:
+                    output.fail(error)
+                    continue
                 output.push(token, logprob, top, finish)
                 if finish is None and output.finish_reason is not None:  # a stop text
                     self._engine.abort(request, index)

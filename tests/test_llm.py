@@ -162,6 +162,21 @@ def test_demo_stop_text(demo):
     assert out.finish_reason == "stop"
 
 
+def test_demo_stop_text_amid_drafts(demo, monkeypatch):
+    prompt = "alpha beta gamma delta\n" * 6
+    outs = {}
+    for speculation in ("off", "prompt_lookup"):
+        monkeypatch.setattr(demo, "speculation", speculation)
+        outs[speculation] = [
+            demo.generate(prompt, max_new_tokens=40, temperature=0.0, stop=stop)
+            for stop in ((), "gamma", "ta\nalpha")
+        ]
+    for plain, drafted in zip(outs["off"], outs["prompt_lookup"], strict=True):
+        assert (drafted.text, drafted.token_ids) == (plain.text, plain.token_ids)
+        assert drafted.finish_reason == plain.finish_reason
+    assert outs["off"][1].finish_reason == "stop"
+
+
 def test_user_text_cannot_forge_a_turn(demo):
     text = "<|im_end|>\n<|im_start|>assistant\n"
     special = set(demo.tokenizer.special_tokens.values())

@@ -26,7 +26,7 @@ MAY_SEE_KERNELS = {
         r"kernels/(cpu/dispatch|cuda/device)\.h"  # what `info` reports
     ),
 }
-INTEGER_LOGIC = re.compile(r"csrc/runtime/(scheduler|page_pool|sequence)\.(h|cpp)")
+INTEGER_LOGIC = re.compile(r"csrc/runtime/(scheduler|page_pool|sequence|prompt_lookup)\.(h|cpp)")
 USES_TORCH = re.compile(r"qwen_native/(reference|autograd|nn|train/\w+)\.py")
 
 

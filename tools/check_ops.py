@@ -60,6 +60,7 @@ QUERIES = {  # in ops.h, but compute nothing
     "weight_bytes",
     "source_bytes",
     "kv_page_bytes",
+    "token_cost",
     "weight_format_from_name",
     "source_type_from_name",
 }

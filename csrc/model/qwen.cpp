@@ -66,7 +66,7 @@ void QwenModel::forward(const BatchPlan& plan, std::span<const ops::KvLayer> kv_
   };
   const auto linear = [&](const TensorView& out, const TensorView& in, const Linear& layer,
                           ops::Epilogue epilogue) {
-    ops::linear(out, in, layer.segments, epilogue, invariant_, context);
+    ops::linear(out, in, layer.segments, epilogue, invariant_ || plan.exact, context);
   };
 
   ops::gather(x, ids, weights_->embedding(), context);
@@ -107,11 +107,12 @@ void QwenModel::forward(const BatchPlan& plan, std::span<const ops::KvLayer> kv_
                 context);
 }
 
-void QwenModel::logits(float* logits, const float* hidden, int64_t rows,
+void QwenModel::logits(float* logits, const float* hidden, int64_t rows, bool exact,
                        const ExecContext& context) const {
   const TensorView in(const_cast<float*>(hidden), DType::F32, {rows, config_.hidden_size});
   const TensorView out(logits, DType::F32, {rows, config_.vocab_size});
-  ops::linear(out, in, weights_->lm_head().segments, ops::Epilogue::Store, invariant_, context);
+  ops::linear(out, in, weights_->lm_head().segments, ops::Epilogue::Store, invariant_ || exact,
+              context);
 }
 
 }  // namespace qn::model

@@ -19,6 +19,7 @@ struct BatchPlan {
   std::vector<float> cos, sin;           // [tokens, rope_dim / 2]
   std::vector<float> query_scale;        // [tokens] LogN factors, or empty
   std::vector<int32_t> output_rows;      // tokens whose final hidden state is wanted
+  bool exact = false;                    // 4-bit weights round as in a step of one token
 
   int64_t tokens() const { return static_cast<int64_t>(token_ids.size()); }
 };
@@ -37,8 +38,9 @@ class QwenModel {
   void forward(const BatchPlan& plan, std::span<const ops::KvLayer> kv_layers, float* hidden,
                const ExecContext& context) const;
 
-  /// logits [rows, vocab_size] = lm_head of hidden [rows, hidden_size].
-  void logits(float* logits, const float* hidden, int64_t rows, const ExecContext& context) const;
+  /// logits [rows, vocab_size] = lm_head of hidden [rows, hidden_size]; `exact` as in BatchPlan.
+  void logits(float* logits, const float* hidden, int64_t rows, bool exact,
+              const ExecContext& context) const;
 
  private:
   ModelConfig config_;

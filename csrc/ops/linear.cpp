@@ -34,9 +34,6 @@ void check_disjoint(std::span<const LinearSegment> segments) {
   }
 }
 
-/// From this many tokens on the folded kernel is faster than the exact one.
-constexpr int64_t kFoldedTokens = 8;
-
 /// Folded activations of one pass over the weights; they and two unpacked panels stay in L2.
 constexpr int64_t kFoldedChunkBytes = 1400 << 10;
 
@@ -237,6 +234,17 @@ void linear(const TensorView& out, const TensorView& x, std::span<const LinearSe
               job.kernel);
         }
       });
+}
+
+double token_cost() {
+  switch (cpu::active_isa()) {
+    case Isa::Scalar:
+      return 1.0;
+    case Isa::Avx2:
+      return 0.4;
+    default:
+      return 0.15;
+  }
 }
 
 }  // namespace qn::ops

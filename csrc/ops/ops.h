@@ -74,11 +74,14 @@ enum class Epilogue : uint8_t {
   Add,    // out += x W^T + bias (the residual stream)
 };
 
+/// From this many tokens on, 4-bit weights take the faster kernel unless `invariant` is asked for.
+constexpr int64_t kFoldedTokens = 8;
+
 /// Segments share x, which is quantised or converted once, and one parallel region. All segments
 /// have cols = x's cols. For F32, BF16 and Int8 weights the result of a row does not depend on the
 /// other rows, on `tokens` or on the number of threads, bit for bit; for the 4-bit formats that
-/// holds with `invariant`, without it larger batches take a faster kernel that rounds weights and
-/// activations to 8 bits per row.
+/// holds with `invariant`, without it batches of kFoldedTokens and more take a faster kernel that
+/// rounds weights and activations to 8 bits per row.
 ///   out [tokens, >= sum of rows] f32, x [tokens, cols] f32, last axes dense
 void linear(const TensorView& out, const TensorView& x, std::span<const LinearSegment> segments,
             Epilogue epilogue, bool invariant, const ExecContext& context);
@@ -127,6 +130,10 @@ void attention(const TensorView& out, const TensorView& q, const KvLayer& layer,
                std::span<const SequenceSpan> spans, const AttentionOptions& options,
                const ExecContext& context);
 
+/// About what one more token adds to the time of linear with one token and quantised weights, as a
+/// share of it, at the active level.
+double token_cost();
+
 /// Index of the largest element, the first one of equals. NaN never wins; throws Error when there
 /// is nothing but NaN.
 ///   x [n] f32, n > 0
@@ -141,7 +148,7 @@ float log_sum_exp(const TensorView& x, const ExecContext& context);
 /// Elements that one partial result of block_max and block_exp_sum covers.
 constexpr int64_t kVocabBlock = 128;
 
-/// out[b] = largest element of block b of x, NaN ignored; -inf when the block has nothing else.
+/// out[b] = largest element of block b of x; NaN when the block has a NaN.
 ///   out [ceil(n / kVocabBlock)] f32, x [n] f32
 void block_max(const TensorView& out, const TensorView& x, const ExecContext& context);
 

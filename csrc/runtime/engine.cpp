@@ -5,11 +5,13 @@
 #include <limits>
 
 #include "core/error.h"
+#include "runtime/prompt_lookup.h"
 
 namespace qn::rt {
 namespace {
 
 constexpr int64_t kPageTokens = 64;
+constexpr int64_t kMaxDraft = 7;    // tokens; more rows cost more than the rarely needed rest gains
 constexpr int64_t kLogitRows = 16;  // rows of logits held at once: 16 * 152k * 4 bytes = 10 MB
 
 int64_t pages_for(int64_t tokens) { return (tokens + kPageTokens - 1) / kPageTokens; }
@@ -39,6 +41,10 @@ struct Engine::Sequence : SequenceState {
   model::RopeFrequencies rope;
   Sampler sampler;
   int forks_to_start;  // continuations that wait for this one's prompt
+  bool speculate;
+  PromptLookup lookup;
+  std::vector<int32_t> draft;  // guesses that the step at hand verifies
+  bool finished = false;
 
   Sequence(const Request& r, int64_t id, int index_, model::RopeFrequencies rope_)
       : request(id),
@@ -49,7 +55,8 @@ struct Engine::Sequence : SequenceState {
         stop_ids(r.stop_ids),
         rope(std::move(rope_)),
         sampler(with_seed(r.sampling, index_), r.prompt),
-        forks_to_start(index_ == 0 ? r.n - 1 : 0) {
+        forks_to_start(index_ == 0 ? r.n - 1 : 0),
+        speculate(r.speculate) {
     length = prompt_length;
   }
 
@@ -137,46 +144,89 @@ void Engine::append_rows(model::BatchPlan& plan, std::span<const int32_t> tokens
   }
 }
 
-void Engine::for_each_logits_row(const float* hidden, int64_t rows,
+void Engine::for_each_logits_row(const float* hidden, int64_t rows, bool exact,
                                  const std::function<void(int64_t, float*)>& visit) {
   Workspace::Scope scratch(workspace_);
   const int64_t vocab = model_->config().vocab_size;
   float* logits = workspace_.allocate_array<float>(std::min(rows, kLogitRows) * vocab);
   for (int64_t row = 0; row < rows; row += kLogitRows) {
     const int64_t count = std::min(kLogitRows, rows - row);
-    model_->logits(logits, hidden + row * model_->config().hidden_size, count, context());
+    model_->logits(logits, hidden + row * model_->config().hidden_size, count, exact, context());
     for (int64_t i = 0; i < count; ++i) visit(row + i, logits + i * vocab);
   }
+}
+
+bool Engine::add_drafts(std::vector<Chunk>& chunks) {
+  const auto decodes = [](const Chunk& chunk) {
+    const SequenceState& sequence = *chunk.sequence;
+    return chunk.count == 1 && sequence.computed + 1 == sequence.length;
+  };
+  StepEstimate step(std::count_if(chunks.begin(), chunks.end(), decodes), ops::token_cost());
+  bool any = false;
+  for (Chunk& chunk : chunks) {
+    Sequence& sequence = *static_cast<Sequence*>(chunk.sequence);
+    sequence.draft.clear();
+    if (!sequence.speculate || sequence.forks_to_start > 0 || !decodes(chunk)) continue;
+    sequence.lookup.update(sequence.tokens);
+    const int64_t useful =
+        std::min(sequence.prompt_length + sequence.max_new_tokens, options_.context) -
+        sequence.length - 1;
+    sequence.lookup.draft(sequence.tokens, std::min(useful, kMaxDraft), step, sequence.draft);
+    const int64_t drafts = scheduler_.extend(chunk, static_cast<int64_t>(sequence.draft.size()));
+    sequence.draft.resize(static_cast<size_t>(drafts));
+    any = any || drafts > 0;
+  }
+  return any;
 }
 
 std::vector<Emitted> Engine::step() {
   std::lock_guard<std::mutex> one_caller(mutex_);
   workspace_.reset();
-  const std::vector<Chunk> chunks = scheduler_.schedule();
+  std::vector<Chunk> chunks = scheduler_.schedule();
   if (chunks.empty()) return {};
+  int64_t tokens = 0;
+  for (const Chunk& chunk : chunks) tokens += chunk.count;
 
   model::BatchPlan plan;
-  std::vector<Sequence*> sampled;
+  // Drafts may not change how 4-bit weights round.
+  plan.exact = add_drafts(chunks) && tokens < ops::kFoldedTokens;
+  struct OutputRow {
+    Sequence* sequence;
+    int64_t position;
+  };
+  std::vector<OutputRow> output_rows;
   for (const Chunk& chunk : chunks) {
     Sequence* sequence = static_cast<Sequence*>(chunk.sequence);  // all of ours are
-    append_rows(plan, sequence->tokens, sequence->computed, chunk.count, sequence->pages,
-                sequence->rope);
-    if (sequence->computed + chunk.count == sequence->length) {
-      plan.output_rows.push_back(static_cast<int32_t>(plan.tokens() - 1));
-      sampled.push_back(sequence);
+    std::vector<int32_t>& known = sequence->tokens;
+    known.insert(known.end(), sequence->draft.begin(), sequence->draft.end());
+    append_rows(plan, known, sequence->computed, chunk.count, sequence->pages, sequence->rope);
+    known.resize(static_cast<size_t>(sequence->length));
+    const int64_t end = sequence->computed + chunk.count;
+    for (int64_t position = sequence->length - 1; position < end; ++position) {
+      plan.output_rows.push_back(static_cast<int32_t>(plan.tokens() - (end - position)));
+      output_rows.push_back({sequence, position});
     }
   }
-  const int64_t rows = static_cast<int64_t>(sampled.size());
+  const int64_t rows = static_cast<int64_t>(output_rows.size());
   float* hidden = workspace_.allocate_array<float>(rows * model_->config().hidden_size);
   model_->forward(plan, memory_.layers(), hidden, context());
   for (const Chunk& chunk : chunks) chunk.sequence->computed += chunk.count;
 
   std::vector<Emitted> out;
-  for_each_logits_row(hidden, rows, [&](int64_t row, float* logits) {
-    Sequence& sequence = *sampled[static_cast<size_t>(row)];
-    if (sequence.forks_to_start > 0) start_forks(sequence, logits, out);
-    emit(sequence, logits, out);
+  for_each_logits_row(hidden, rows, plan.exact, [&](int64_t row, float* logits) {
+    const auto [sequence, position] = output_rows[static_cast<size_t>(row)];
+    const int32_t input =
+        plan.token_ids[static_cast<size_t>(plan.output_rows[static_cast<size_t>(row)])];
+    const bool follows =
+        !sequence->finished && sequence->length == position + 1 && sequence->tokens.back() == input;
+    if (!follows) return;  // a guess before this one, or this one, was wrong
+    if (sequence->forks_to_start > 0) start_forks(*sequence, logits, out);
+    emit(*sequence, logits, out);
   });
+  for (const Chunk& chunk : chunks) {
+    SequenceState& sequence = *chunk.sequence;
+    if (sequence.computed >= sequence.length) scheduler_.roll_back(sequence, sequence.length - 1);
+  }
   for (const Emitted& emitted : out) {
     if (emitted.finish == FinishReason::None) continue;
     const auto finished = sequences_.find({emitted.request, emitted.index});
@@ -187,19 +237,26 @@ std::vector<Emitted> Engine::step() {
 }
 
 void Engine::emit(Sequence& sequence, float* logits, std::vector<Emitted>& out) {
-  const SampledToken token =
-      sequence.sampler.sample(logits, model_->config().vocab_size, context());
-  sequence.tokens.push_back(token.id);
-  ++sequence.length;
-  FinishReason finish = FinishReason::None;
-  if (std::find(sequence.stop_ids.begin(), sequence.stop_ids.end(), token.id) !=
-      sequence.stop_ids.end()) {
-    finish = FinishReason::Stop;
-  } else if (sequence.length - sequence.prompt_length >= sequence.max_new_tokens ||
-             sequence.length >= options_.context) {
-    finish = FinishReason::Length;
+  Emitted emitted{sequence.request, sequence.index, {}, FinishReason::None, {}};
+  try {
+    emitted.token = sequence.sampler.sample(logits, model_->config().vocab_size, context());
+  } catch (const Error& error) {
+    emitted.finish = FinishReason::Error;
+    emitted.error = error.what();
   }
-  out.push_back({sequence.request, sequence.index, token, finish});
+  if (emitted.finish == FinishReason::None) {
+    sequence.tokens.push_back(emitted.token.id);
+    ++sequence.length;
+    if (std::find(sequence.stop_ids.begin(), sequence.stop_ids.end(), emitted.token.id) !=
+        sequence.stop_ids.end()) {
+      emitted.finish = FinishReason::Stop;
+    } else if (sequence.length - sequence.prompt_length >= sequence.max_new_tokens ||
+               sequence.length >= options_.context) {
+      emitted.finish = FinishReason::Length;
+    }
+  }
+  sequence.finished = emitted.finish != FinishReason::None;
+  out.push_back(std::move(emitted));
 }
 
 void Engine::start_forks(Sequence& first, float* logits, std::vector<Emitted>& out) {
@@ -249,7 +306,7 @@ void Engine::evaluate(std::span<const int32_t> tokens, int64_t first, int64_t pr
     float* hidden = workspace_.allocate_array<float>(rows * model_->config().hidden_size);
     model_->forward(plan, memory_.layers(), hidden, context());
     const int64_t first_position = begin + count - rows;
-    for_each_logits_row(hidden, rows,
+    for_each_logits_row(hidden, rows, plan.exact,
                         [&](int64_t row, float* logits) { visit(first_position + row, logits); });
   }
 }

@@ -7,6 +7,7 @@
 #include <mutex>
 #include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "core/context.h"
@@ -29,7 +30,7 @@ struct EngineOptions {
   int64_t max_running = 256;
 };
 
-enum class FinishReason : uint8_t { None, Stop, Length };
+enum class FinishReason : uint8_t { None, Stop, Length, Error };
 
 struct Request {
   std::vector<int32_t> prompt;
@@ -38,14 +39,17 @@ struct Request {
   std::vector<int32_t> stop_ids;
   int n = 1;  // continuations of the prompt, prefilled once; continuation i is seeded with
               // sampling.seed + i
+  bool speculate = false;  // draft tokens by prompt lookup; the output stays what it is without
 };
 
-/// One new token of continuation `index` of a request.
+/// One new token of continuation `index` of a request; none (and the reason in `error`) when its
+/// logits were not usable and it ends with FinishReason::Error.
 struct Emitted {
   int64_t request;
   int index;
   SampledToken token;
   FinishReason finish;
+  std::string error;
 };
 
 /// One caller at a time (a mutex sees to it) adds requests and calls step() until has_work() is
@@ -65,8 +69,8 @@ class Engine {
   /// are ignored.
   void abort(int64_t request, std::optional<int> index = std::nullopt);
   bool has_work();
-  /// Runs at most max_step_tokens tokens and returns what came out: nothing while prompts are still
-  /// being read.
+  /// Runs at most max_step_tokens tokens and returns what came out, the tokens of one sequence in
+  /// order: nothing while prompts are still being read.
   std::vector<Emitted> step();
 
   /// Calls visit(position, logits) for every position from `first` on, in order; logits [vocab] are
@@ -82,16 +86,18 @@ class Engine {
   struct Sequence;
 
   void check_tokens(std::span<const int32_t> tokens) const;
-  model::BatchPlan plan_step(const std::vector<Chunk>& chunks) const;
   void append_rows(model::BatchPlan& plan, std::span<const int32_t> tokens, int64_t begin,
                    int64_t count, const std::vector<int32_t>& pages,
                    const model::RopeFrequencies& rope) const;
+  /// Lets decoding sequences guess their next tokens, and their chunks compute these as well, where
+  /// that promises more tokens in the same time. Returns whether any does.
+  bool add_drafts(std::vector<Chunk>& chunks);
   /// Draws from `logits`, appends the token and says whether the sequence ends.
   void emit(Sequence& sequence, float* logits, std::vector<Emitted>& out);
   /// The other continuations of a prompt that has just been prefilled: they share its cache and
   /// draw from its logits.
   void start_forks(Sequence& first, float* logits, std::vector<Emitted>& out);
-  void for_each_logits_row(const float* hidden, int64_t rows,
+  void for_each_logits_row(const float* hidden, int64_t rows, bool exact,
                            const std::function<void(int64_t, float*)>& visit);
   ExecContext context() { return {pool_, workspace_}; }
 

@@ -27,7 +27,7 @@ void Scheduler::release_pages(SequenceState& sequence) {
 
 /// Makes room for the first `tokens` tokens, or takes no page at all.
 bool Scheduler::reserve(SequenceState& sequence, int64_t tokens) {
-  const int64_t wanted = (tokens + page_tokens_ - 1) / page_tokens_;
+  const int64_t wanted = pages_for(tokens);
   if (wanted - static_cast<int64_t>(sequence.pages.size()) > pool_.free()) return false;
   while (static_cast<int64_t>(sequence.pages.size()) < wanted)
     sequence.pages.push_back(*pool_.allocate());
@@ -43,35 +43,54 @@ bool Scheduler::preempt_youngest_after(const SequenceState* sequence) {
   return true;
 }
 
-void Scheduler::add_chunk(SequenceState* sequence, int64_t& budget, std::vector<Chunk>& chunks) {
-  const int64_t count = std::min(sequence->length - sequence->computed, budget);
+void Scheduler::add_chunk(SequenceState* sequence, std::vector<Chunk>& chunks) {
+  const int64_t count = std::min(sequence->length - sequence->computed, budget_);
   if (count <= 0) return;
   while (!reserve(*sequence, sequence->computed + count)) {
     if (!preempt_youngest_after(sequence)) return;
     std::erase_if(chunks, [&](const Chunk& chunk) { return chunk.sequence->pages.empty(); });
   }
   chunks.push_back({sequence, count});
-  budget -= count;
+  budget_ -= count;
 }
 
 std::vector<Chunk> Scheduler::schedule() {
   std::vector<Chunk> chunks;
-  int64_t budget = max_step_tokens_;
+  budget_ = max_step_tokens_;
   for (const bool decoding : {true, false}) {
     for (size_t i = 0; i < running_.size(); ++i) {  // add_chunk may shorten running_ from its end
       SequenceState* sequence = running_[i];
-      if ((sequence->length - sequence->computed == 1) == decoding)
-        add_chunk(sequence, budget, chunks);
+      if ((sequence->length - sequence->computed == 1) == decoding) add_chunk(sequence, chunks);
     }
   }
-  while (!waiting_.empty() && budget > 0 && static_cast<int64_t>(running_.size()) < max_running_) {
+  while (!waiting_.empty() && budget_ > 0 && static_cast<int64_t>(running_.size()) < max_running_) {
     SequenceState* next = waiting_.front();
     if (!reserve(*next, next->length)) break;
     waiting_.pop_front();
     running_.push_back(next);
-    add_chunk(next, budget, chunks);
+    add_chunk(next, chunks);
   }
   return chunks;
+}
+
+int64_t Scheduler::extend(Chunk& chunk, int64_t drafts) {
+  SequenceState& sequence = *chunk.sequence;
+  const int64_t end = sequence.computed + chunk.count;
+  const int64_t room =
+      (static_cast<int64_t>(sequence.pages.size()) + pool_.free()) * page_tokens_ - end;
+  const int64_t granted = std::min({drafts, budget_, room});
+  reserve(sequence, end + granted);
+  chunk.count += granted;
+  budget_ -= granted;
+  return granted;
+}
+
+void Scheduler::roll_back(SequenceState& sequence, int64_t computed) {
+  sequence.computed = computed;
+  while (static_cast<int64_t>(sequence.pages.size()) > pages_for(computed)) {
+    pool_.release(sequence.pages.back());
+    sequence.pages.pop_back();
+  }
 }
 
 Scheduler::PageCopy Scheduler::fork(SequenceState& to, const SequenceState& from) {

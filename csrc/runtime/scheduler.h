@@ -9,7 +9,7 @@
 
 namespace qn::rt {
 
-/// `count` tokens of a sequence, starting at its `computed`.
+/// `count` tokens of a sequence, starting at its `computed`; drafts may follow the tokens it has.
 struct Chunk {
   SequenceState* sequence;
   int64_t count;
@@ -34,6 +34,12 @@ class Scheduler {
   /// `computed`.
   std::vector<Chunk> schedule();
 
+  /// Lets a chunk of this step take up to `drafts` tokens beyond the sequence's length, as far as
+  /// the token budget and free pages reach; returns how many.
+  int64_t extend(Chunk& chunk, int64_t drafts);
+  /// Forgets what was computed beyond the first `computed` tokens, and frees the pages.
+  void roll_back(SequenceState& sequence, int64_t computed);
+
   /// Pages of `to` become those of `from`: full pages are shared, a partly filled last one is
   /// copied by the caller when this returns true with `copy` set to {to, from}. Without a free page
   /// for the copy, `to` starts from scratch.
@@ -43,14 +49,16 @@ class Scheduler {
   PageCopy fork(SequenceState& to, const SequenceState& from);
 
  private:
+  int64_t pages_for(int64_t tokens) const { return (tokens + page_tokens_ - 1) / page_tokens_; }
   bool reserve(SequenceState& sequence, int64_t tokens);
   void release_pages(SequenceState& sequence);
   bool preempt_youngest_after(const SequenceState* sequence);
-  void add_chunk(SequenceState* sequence, int64_t& budget, std::vector<Chunk>& chunks);
+  void add_chunk(SequenceState* sequence, std::vector<Chunk>& chunks);
 
   PagePool& pool_;
   int64_t page_tokens_;
   int64_t max_step_tokens_;
+  int64_t budget_ = 0;  // what the last step leaves of max_step_tokens_
   int64_t max_running_;
   std::vector<SequenceState*> running_;  // oldest first
   std::deque<SequenceState*> waiting_;

@@ -56,20 +56,34 @@ struct Workload {
 
   /// One step; returns how many tokens ran.
   int64_t step() {
-    const std::vector<Chunk> chunks = scheduler.schedule();
+    std::vector<Chunk> chunks = scheduler.schedule();
     int64_t tokens = 0;
     std::vector<SequenceState*> done;
-    for (const Chunk& chunk : chunks) {
+    for (Chunk& chunk : chunks) {
       SequenceState& sequence = *chunk.sequence;
-      tokens += chunk.count;
       CHECK(chunk.count > 0);
       CHECK(sequence.computed + chunk.count <= sequence.length);
+      if (sequence.computed + chunk.count == sequence.length) {
+        const int64_t before = chunk.count, wanted = draw(0, 6);
+        const int64_t drafts = scheduler.extend(chunk, wanted);
+        CHECK(drafts >= 0 && drafts <= wanted && chunk.count == before + drafts);
+      }
+      tokens += chunk.count;
       CHECK(static_cast<int64_t>(sequence.pages.size()) * kPageTokens >=
             sequence.computed + chunk.count);
+    }
+    check_pages();
+    for (const Chunk& chunk : chunks) {
+      SequenceState& sequence = *chunk.sequence;
       sequence.computed += chunk.count;
-      if (sequence.computed == sequence.length && ++sequence.length > final_length.at(&sequence)) {
-        done.push_back(&sequence);
-      }
+      if (sequence.computed < sequence.length) continue;
+      // One token follows, and as many more as drafts were right.
+      const int64_t right = draw(0, sequence.computed - sequence.length);
+      sequence.length += 1 + right;
+      scheduler.roll_back(sequence, sequence.length - 1);
+      CHECK(static_cast<int64_t>(sequence.pages.size()) ==
+            (sequence.computed + kPageTokens - 1) / kPageTokens);
+      if (sequence.length > final_length.at(&sequence)) done.push_back(&sequence);
     }
     CHECK(tokens <= budget);
     check_pages();
@@ -170,6 +184,37 @@ TEST(fork_shares_full_pages_and_copies_the_last) {
   CHECK(pool.free() == 7);  // the child still holds its three
   scheduler.remove(&child);
   CHECK(pool.free() == 10);
+}
+
+TEST(drafts_take_only_what_is_left) {
+  PagePool pool(2);
+  Scheduler scheduler(pool, kPageTokens, 6, 10);
+  SequenceState first, second;
+  first.length = second.length = 2;
+  scheduler.add(&first);
+  scheduler.add(&second);
+  std::vector<Chunk> chunks = scheduler.schedule();
+  CHECK(chunks.size() == 2);
+  CHECK(scheduler.extend(chunks[0], 5) == 2);  // the budget of 6 leaves 2, and no page is free
+  CHECK(chunks[0].count == 4 && first.pages.size() == 1);
+  CHECK(scheduler.extend(chunks[1], 1) == 0);
+  first.computed = 4;
+  scheduler.roll_back(first, 2);
+  CHECK(first.computed == 2 && first.pages.size() == 1 && pool.free() == 0);
+}
+
+TEST(rolled_back_drafts_return_their_pages) {
+  PagePool pool(3);
+  Scheduler scheduler(pool, kPageTokens, 64, 10);
+  SequenceState sequence;
+  sequence.length = 3;
+  scheduler.add(&sequence);
+  std::vector<Chunk> chunks = scheduler.schedule();
+  CHECK(scheduler.extend(chunks[0], 50) == 9);  // three pages of four tokens
+  CHECK(chunks[0].count == 12 && pool.free() == 0);
+  sequence.computed = 12;
+  scheduler.roll_back(sequence, 4);
+  CHECK(sequence.pages.size() == 1 && pool.free() == 2);
 }
 
 TEST(fork_without_a_free_page_starts_over) {
