@@ -18,6 +18,7 @@ from qwen_native.config_hf import config_from_hf
 from qwen_native.errors import CheckpointError, located, quoted
 from qwen_native.files import MappedFile, read_json_object, read_text
 from qwen_native.gguf import read_gguf
+from qwen_native.group_quantized import dense_tensors, group_scheme
 from qwen_native.safetensors import read_safetensors, read_sharded_safetensors
 from qwen_native.tensor_names import (
     GGUF_QWEN,
@@ -75,6 +76,8 @@ class Checkpoint:
         Without it the resident set would hold the source beside the packed copy. The data stay
         readable; touching them reads the file again.
         """
+        if tensor.file is None:
+            return
         file = next(file for file in self._files if file.path == tensor.file)
         file.release(tensor.data[begin:end])
 
@@ -109,8 +112,11 @@ def _open_folder(folder: Path) -> Checkpoint:
     metadata = read_json_object(folder / "config.json", _MAX_JSON_BYTES)
     with located(folder / "config.json"):
         config = config_from_hf(metadata)
+        scheme = group_scheme(metadata)
     found, files = _read_folder_tensors(folder)
     with located(folder):
+        if scheme is not None:
+            found = dense_tensors(found, scheme)
         config, found = _resolve_tie(config, found)
         names = HF_QWEN if config.architecture == "qwen" else HF_QWEN2
         tensors = canonical_tensors(found, config, names)

@@ -17,7 +17,6 @@ _QWEN_ALLOWED: dict[str, tuple[bool | float | str, ...]] = {
     "pos_emb": ("rotary",),
     "apply_residual_connection_post_layernorm": (False,),
     "rope_scaling": (),
-    "quantization_config": (),
 }
 _QWEN2_ALLOWED: dict[str, tuple[bool | float | str, ...]] = {
     "hidden_act": ("silu",),
@@ -26,7 +25,6 @@ _QWEN2_ALLOWED: dict[str, tuple[bool | float | str, ...]] = {
     "use_mrope": (False,),
     "num_experts": (0,),
     "dual_chunk_attention_config": (),
-    "quantization_config": (),
 }
 _ROPE_KEYS = {
     "rope_theta", "rope_type", "type", "partial_rotary_factor", "factor", "attention_factor",

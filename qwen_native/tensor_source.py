@@ -18,15 +18,15 @@ class TensorSource:
         dtype: element format: "F32", "F16", "BF16", or a GGUF block format such as "Q4_K". Files
             may hold other safetensors types ("I64", "BOOL", ...), a `Checkpoint` never does.
         shape: row-major, for a weight (out, in). Blocks never cross a row.
-        data: the raw little-endian bytes, [bytes], uint8, read-only, on the file's map.
-        file: the file that holds it.
+        data: the raw little-endian bytes, [bytes], uint8, read-only, on the file's map (`file`).
+        file: the file that holds it; None for a tensor that was converted and is in memory.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     data: npt.NDArray[np.uint8]
-    file: Path
+    file: Path | None
 
     def rows(self, begin: int, end: int, name: str) -> TensorSource:
         """Rows `begin` to `end` (exclusive) of the first dimension, zero-copy, under a new name."""

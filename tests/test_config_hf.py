@@ -259,7 +259,6 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (QWEN2_JSON, {"mlp_bias": True}, "mlp_bias is True"),
     (QWEN2_JSON, {"use_mrope": True}, "use_mrope is True"),
     (QWEN3_JSON, {"num_experts": 128}, "num_experts is 128"),
-    (QWEN2_JSON, {"quantization_config": {"quant_method": "gptq"}}, "quantization_config is"),
     (QWEN2_JSON, {"dual_chunk_attention_config": {}}, "dual_chunk_attention_config is"),
     (QWEN2_JSON, {"rope_scaling": [1]}, "rope_scaling is [1]"),
     (QWEN2_JSON, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "type is 'linear'"),
