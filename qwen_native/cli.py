@@ -172,7 +172,7 @@ def _add_command(
     command.add_argument("--json", action="store_true", help="print JSON for scripts")
     if loads_model:
         command.add_argument(
-            "--model", help="folder, .gguf file or Hugging Face id; default: the demo model"
+            "--model", help="folder, .gguf or .qn file, or Hugging Face id; default: the demo model"
         )
         command.add_argument(
             "--weights", default="auto", help="auto (default), int4, int8, bf16 or f32"

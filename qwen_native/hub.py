@@ -95,7 +95,11 @@ def resolve_model(model: str | Path | None, progress: Progress | None = None) ->
     # Unlike Path.exists, os.path.exists is False for names that no file can have.
     if os.path.exists(path):
         return path
-    if isinstance(model, str) and _REPOSITORY.fullmatch(model) and path.suffix != ".gguf":
+    if (
+        isinstance(model, str)
+        and _REPOSITORY.fullmatch(model)
+        and path.suffix not in (".gguf", ".qn")
+    ):
         return _download(model)
     raise CheckpointError(
         f"model {quoted(str(model))} does not exist, expected a folder, a .gguf or .qn file, "

@@ -17,6 +17,7 @@
 
 #include "check.h"
 #include "core/allocator.h"
+#include "core/checksum.h"
 #include "core/cpu_info.h"
 #include "core/env.h"
 #include "core/error.h"
@@ -413,6 +414,15 @@ TEST(dispatch_levels) {
     }
   }
   cpu::set_active_isa(before);
+}
+
+TEST(checksum_is_the_documented_one) {
+  unsigned char bytes[1 + 200];
+  for (int i = 0; i < 200; ++i) bytes[1 + i] = static_cast<unsigned char>(i);  // not aligned
+  CHECK(checksum(bytes + 1, 0) == 0x58a11f08a8644e8f);
+  CHECK(checksum("a", 1) == 0x06c4e01b2210d595);
+  CHECK(checksum(bytes + 1, 64) == 0x12b355c23430d272);
+  CHECK(checksum(bytes + 1, 200) == 0xc33c4c5fd494129c);
 }
 
 TEST(dispatch_overlays_levels) {
