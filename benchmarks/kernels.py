@@ -117,6 +117,50 @@ def linear_quantized_cases() -> Iterator[Case]:
                 )
 
 
+def mlp_cases() -> Iterator[Case]:
+    """Qwen2.5-0.5B's MLP; one row takes the exact arithmetic, many the folded one."""
+    hidden, inter = 896, 4864
+
+    def make(tokens: int, fmt: str) -> Run:
+        x = torch.randn(tokens, hidden)
+        shapes = [(inter, hidden), (inter, hidden), (hidden, inter)]
+        values = [torch.randn(shape) * shape[1] ** -0.5 for shape in shapes]
+        packed = []
+        for matrix, shape in zip(values, shapes, strict=True):
+            data = quant_reference.pack(fmt, quant_reference.quantize(fmt, matrix.numpy()))
+            packed.append(ops.PackedWeight(data, fmt, *shape))
+        out = torch.zeros(tokens, hidden)
+        narrow = [matrix.bfloat16() for matrix in values]
+
+        def native() -> torch.Tensor:
+            return ops.mlp(out.zero_(), x, *packed)
+
+        def check(result: torch.Tensor) -> None:
+            gate, up, down = (torch.from_numpy(ops.unpack_weight(p)).double() for p in packed)
+            wide = x.double()
+            ref = (torch.nn.functional.silu(wide @ gate.T) * (wide @ up.T)) @ down.T
+            relative = ((result - ref).square().mean() / ref.square().mean()).sqrt().item()
+            assert relative <= 0.03, f"relative error {relative:.4f}, limit 0.03"
+
+        def plain() -> torch.Tensor:
+            gate, up, down = narrow
+            inner = torch.nn.functional.silu(x.bfloat16() @ gate.T) * (x.bfloat16() @ up.T)
+            return inner @ down.T
+
+        return Run(native, plain, check)
+
+    for fmt in quant_reference.FORMATS:
+        for tokens in (1, 16, 512):
+            yield Case(
+                "mlp",
+                f"tokens={tokens} {hidden}x{inter} {fmt}",
+                lambda t=tokens, f=fmt: make(t, f),
+                3 * quant_reference.packed_bytes(fmt, inter, hidden) + 8 * tokens * hidden,
+                6 * tokens * hidden * inter,
+                "read_bandwidth" if tokens == 1 else "tile_int8",
+            )
+
+
 def quantize_cases() -> Iterator[Case]:
     """Loading: a checkpoint's blocks to the engine's formats."""
 
@@ -337,6 +381,7 @@ CASES = [
     *gather_cases(),
     *sampling_cases(),
     *linear_quantized_cases(),
+    *mlp_cases(),
 ]
 
 

@@ -101,6 +101,11 @@ void register_ops(py::module_& module) {
     py::gil_scoped_release unlocked;
     ops::swiglu(out.view, gate.view, up.view, op_context());
   });
+  module.def("mlp", [](const PyTensor& out, const PyTensor& x, const PyWeight& gate,
+                       const PyWeight& up, const PyWeight& down, bool invariant) {
+    py::gil_scoped_release unlocked;
+    ops::mlp(out.view, x.view, {gate.view, up.view, down.view}, invariant, op_context());
+  });
   module.def("gather", [](const PyTensor& out, const PyTensor& ids, const PyWeight& table) {
     py::gil_scoped_release unlocked;
     ops::gather(out.view, ids.view, table.view, op_context());

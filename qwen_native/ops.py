@@ -153,6 +153,30 @@ def swiglu(gate: Any, up: Any, out: Any | None = None) -> Any:
     return result
 
 
+def mlp(out: Any, x: Any, gate: Any, up: Any, down: Any, *, invariant: bool = False) -> Any:
+    """Add a gated MLP to the residual stream: `out += (silu(x @ gate.T) * (x @ up.T)) @ down.T`.
+
+    The same numbers as `linear`, `swiglu` and `linear` in turn, except with 4-bit weights at the
+    level "amx" and several rows of x, without `invariant`: then the inner activations are rounded
+    to int8 in blocks of 512 columns as they leave the first GEMM.
+
+    Args:
+        out: [tokens, hidden_out], f32, last axis dense; added to in place.
+        x: [tokens, hidden], f32, last axis dense.
+        gate, up: [inter, hidden], f32 | bf16, last axis dense, or PackedWeights.
+        down: [hidden_out, inter], likewise.
+        invariant: for 4-bit weights, keep the bits of a row independent of the number of rows.
+
+    Returns:
+        out.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    _C.mlp(_detach(out), _detach(x), _detach(gate), _detach(up), _detach(down), invariant)
+    return out
+
+
 def gather(ids: Any, table: Any) -> Any:
     """Return rows `ids` of the table as float32.
 

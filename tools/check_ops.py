@@ -42,6 +42,7 @@ GROUPS = {
             "gemm_int4_folded": "gemm_int4_folded",
         },
     ),
+    "mlp": Group(("mlp",), {"gated_gemm_int4_folded": "gated_gemm_int4_folded"}),
     "attention": Group(
         ("attention", "kv_append"),
         {"attention": "attention", "attention_merge": "attention", "kv_append": "kv_append"},

@@ -203,12 +203,15 @@ struct GemmQuantizedArgs {
   bool add;
 };
 
-/// Activations as int8 with one scale per token and block of 1024 columns, in tiles of 16 tokens x
-/// 64 columns: [ceil(tokens / 16)][ceil(cols / 64)][16][64]; missing tokens and columns are zeros.
+/// Activations as int8 with one scale per token and block of columns, in tiles of 16 tokens x 64
+/// columns: [ceil(tokens / 16)][ceil(cols / 64)][16][64]; missing tokens and columns are zeros.
 struct FoldedActivations {
   int8_t* codes;
-  float* scale;  // [tokens rounded up to 16][ceil(cols / 1024)]
+  float* scale;  // [tokens rounded up to 16][blocks(cols)]
   int64_t tokens;
+  int64_t block_cols;  // a multiple of 64
+
+  constexpr int64_t blocks(int64_t cols) const { return (cols + block_cols - 1) / block_cols; }
 };
 
 struct FoldActivationsArgs {
@@ -231,6 +234,21 @@ struct GemmFoldedArgs {
   int64_t chunk_tokens;  // a multiple of 32
   WeightFormat format;
   bool add;
+};
+
+struct GatedWeight {
+  const void* data;  // panels of a 4-bit format
+  WeightFormat format;
+};
+
+/// out = silu(x gate^T) * (x up^T). Work is numbered [chunk of chunk_tokens tokens][block of out].
+struct GatedGemmFoldedArgs {
+  FoldedActivations out;  // [tokens, rows], block_cols a multiple of 64
+  GatedWeight gate, up;   // [rows, cols]
+  void* scratch;          // of the calling thread, 64-byte aligned
+  FoldedActivations x;    // [tokens, cols]
+  int64_t rows, cols;
+  int64_t chunk_tokens;  // a multiple of 32
 };
 
 struct DecodeSourceArgs {

@@ -13,13 +13,6 @@ TensorView heads_of(const TensorView& x, int64_t begin, int64_t heads, int64_t h
   return view;
 }
 
-/// The columns [begin, begin + count) of every row of x.
-TensorView columns_of(const TensorView& x, int64_t begin, int64_t count) {
-  TensorView view(x.as<float>() + begin, DType::F32, {x.shape[0], count});
-  view.stride[0] = x.stride[0];
-  return view;
-}
-
 TensorView vector_view(const float* data, int64_t size) {
   return TensorView(const_cast<float*>(data), DType::F32, {size});
 }
@@ -49,14 +42,11 @@ void QwenModel::forward(const BatchPlan& plan, std::span<const ops::KvLayer> kv_
   const TensorView normed = buffer(c.hidden_size);
   const TensorView qkv = buffer(c.query_width() + 2 * c.kv_width());
   const TensorView attended = buffer(c.query_width());
-  const TensorView gate_up = buffer(2 * c.intermediate_size);
 
   const TensorView q = heads_of(qkv, 0, c.num_heads, c.head_dim);
   const TensorView k = heads_of(qkv, c.query_width(), c.num_kv_heads, c.head_dim);
   const TensorView v = heads_of(qkv, c.query_width() + c.kv_width(), c.num_kv_heads, c.head_dim);
   const TensorView attended_heads = heads_of(attended, 0, c.num_heads, c.head_dim);
-  const TensorView gate = columns_of(gate_up, 0, c.intermediate_size);
-  const TensorView up = columns_of(gate_up, c.intermediate_size, c.intermediate_size);
   const TensorView ids(const_cast<int32_t*>(plan.token_ids.data()), DType::I32, {tokens});
   const TensorView cos(const_cast<float*>(plan.cos.data()), DType::F32, {tokens, c.rope_dim / 2});
   const TensorView sin(const_cast<float*>(plan.sin.data()), DType::F32, {tokens, c.rope_dim / 2});
@@ -90,9 +80,7 @@ void QwenModel::forward(const BatchPlan& plan, std::span<const ops::KvLayer> kv_
     linear(x, attended, w.o_proj, ops::Epilogue::Add);
 
     norm(w.post_attention_norm);
-    linear(gate_up, normed, w.gate_up, ops::Epilogue::Store);
-    ops::swiglu(gate, gate, up, context);
-    linear(x, gate, w.down, ops::Epilogue::Add);
+    ops::mlp(x, normed, w.mlp, invariant_ || plan.exact, context);
   }
 
   const int64_t rows = static_cast<int64_t>(plan.output_rows.size());

@@ -187,10 +187,10 @@ void Weights::finish() {
     }
     w.o_proj = linear({{attention + "o_proj", c.hidden_size}}, c.query_width(), false);
     w.post_attention_norm = expect_vector(layer + "post_attention_layernorm.weight", c.hidden_size);
-    w.gate_up = linear({{layer + "mlp.gate_proj", c.intermediate_size},
-                        {layer + "mlp.up_proj", c.intermediate_size}},
-                       c.hidden_size, false);
-    w.down = linear({{layer + "mlp.down_proj", c.hidden_size}}, c.intermediate_size, false);
+    const std::string mlp = layer + "mlp.";
+    w.mlp.gate = expect_matrix(mlp + "gate_proj.weight", c.intermediate_size, c.hidden_size);
+    w.mlp.up = expect_matrix(mlp + "up_proj.weight", c.intermediate_size, c.hidden_size);
+    w.mlp.down = expect_matrix(mlp + "down_proj.weight", c.hidden_size, c.intermediate_size);
     layers_.push_back(std::move(w));
   }
   final_norm_ = expect_vector("model.norm.weight", c.hidden_size);

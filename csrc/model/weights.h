@@ -56,8 +56,7 @@ struct LayerWeights {
   const float* k_norm;               // [head_dim] or null
   Linear o_proj;                     // num_heads head_dim -> hidden
   const float* post_attention_norm;  // [hidden]
-  Linear gate_up;                    // hidden -> 2 intermediate
-  Linear down;                       // intermediate -> hidden
+  ops::MlpWeights mlp;               // hidden -> intermediate -> hidden
 };
 
 class Weights {

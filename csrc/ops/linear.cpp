@@ -4,6 +4,7 @@
 
 #include "kernels/cpu/dispatch.h"
 #include "ops/check.h"
+#include "ops/folded.h"
 #include "ops/ops.h"
 
 namespace qn::ops {
@@ -33,9 +34,6 @@ void check_disjoint(std::span<const LinearSegment> segments) {
     }
   }
 }
-
-/// Folded activations of one pass over the weights; they and two unpacked panels stay in L2.
-constexpr int64_t kFoldedChunkBytes = 1400 << 10;
 
 template <class Args>
 struct Kernel {
@@ -94,13 +92,7 @@ class Inputs {
   FoldedActivations folded() {
     scratch_bytes_ = std::max(scratch_bytes_, cpu::gemm_folded_scratch(cols_));
     if (folded_.codes != nullptr) return folded_;
-    const int64_t tokens = token_tiles() * cpu::kTokenTile;
-    folded_.codes = context_.workspace.allocate_array<int8_t>(tokens * cpu::folded_cols(cols_));
-    folded_.scale = context_.workspace.allocate_array<float>(tokens * cpu::folded_blocks(cols_));
-    folded_.tokens = tokens_;
-    const FoldActivationsArgs args{folded_, x_.as<float>(), cols_, x_.stride[0]};
-    for_token_tiles(
-        [&](int64_t begin, int64_t end) { kernels_.fold_activations(args, begin, end); });
+    folded_ = fold(x_, kFoldedBlockCols, context_);
     return folded_;
   }
 
@@ -154,16 +146,11 @@ Job make_job(const TensorView& out, const TensorView& x, const LinearSegment& se
     return {Kernel<GemmFloatArgs>{narrow ? kernels.gemm_bf16 : kernels.gemm_f32, args}, unit,
             unit + panels};
   }
-  if (format != WeightFormat::Int8 && !invariant && tokens >= kFoldedTokens && x.shape[1] > 0 &&
-      kernels.gemm_int4_folded != nullptr) {
+  if (takes_folded(segment.weight, tokens, invariant)) {
     auto args = common_args<GemmFoldedArgs>(out, segment, epilogue);
     args.x = inputs.folded();
     args.format = format;
-    constexpr int64_t kPair = 2 * cpu::kTokenTile;
-    const int64_t fitting =
-        std::max(kFoldedChunkBytes / std::max<int64_t>(cpu::folded_cols(args.cols), 1), kPair);
-    const int64_t wanted = (tokens + fitting - 1) / fitting;
-    args.chunk_tokens = ((tokens + wanted - 1) / wanted + kPair - 1) / kPair * kPair;
+    args.chunk_tokens = folded_chunk_tokens(tokens, cpu::folded_cols(args.cols));
     const int64_t chunks = (tokens + args.chunk_tokens - 1) / args.chunk_tokens;
     return {Kernel<GemmFoldedArgs>{kernels.gemm_int4_folded, args}, unit, unit + chunks * panels};
   }

@@ -86,6 +86,17 @@ constexpr int64_t kFoldedTokens = 8;
 void linear(const TensorView& out, const TensorView& x, std::span<const LinearSegment> segments,
             Epilogue epilogue, bool invariant, const ExecContext& context);
 
+/// The matrices of a gated MLP: gate and up [inter, hidden], down [hidden_out, inter].
+struct MlpWeights {
+  WeightView gate, up, down;
+};
+
+/// out += (silu(x gate^T) * (x up^T)) down^T. With 4-bit weights and larger batches the inner
+/// activations never leave 8 bits (see linear; `invariant` keeps the exact arithmetic).
+///   out [tokens, hidden_out] f32, x [tokens, hidden] f32, last axes dense
+void mlp(const TensorView& out, const TensorView& x, const MlpWeights& weights, bool invariant,
+         const ExecContext& context);
+
 /// One layer's share of the paged KV cache. Page p of the pool starts at base + p * page_stride and
 /// holds the keys, then the values, of `page_tokens` tokens for every kv head (csrc/kernels/args.h
 /// gives the layout inside).

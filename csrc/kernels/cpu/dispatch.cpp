@@ -54,11 +54,29 @@ constexpr std::array<Fill, kIsaCount> kFills = {
 
 /// Names of the table's entries, in its order.
 constexpr const char* kOpNames[] = {
-    "rms_norm",         "rope",      "swiglu",           "gather",           "block_max",
-    "block_exp_sum",    "probe",     "gemm_f32",         "gemm_bf16",        "gemm_bf16_workspace",
-    "gemm_bf16_pack_x", "kv_append", "attention",        "attention_merge",  "quantize_activations",
-    "gemm_int8",        "gemm_int4", "fold_activations", "gemm_int4_folded", "decode_source",
-    "repack",           "quantize",
+    "rms_norm",
+    "rope",
+    "swiglu",
+    "gather",
+    "block_max",
+    "block_exp_sum",
+    "probe",
+    "gemm_f32",
+    "gemm_bf16",
+    "gemm_bf16_workspace",
+    "gemm_bf16_pack_x",
+    "kv_append",
+    "attention",
+    "attention_merge",
+    "quantize_activations",
+    "gemm_int8",
+    "gemm_int4",
+    "fold_activations",
+    "gemm_int4_folded",
+    "gated_gemm_int4_folded",
+    "decode_source",
+    "repack",
+    "quantize",
 };
 constexpr size_t kOpCount = sizeof(CpuKernels) / sizeof(void (*)());
 static_assert(std::size(kOpNames) == kOpCount, "one name for each entry of CpuKernels");

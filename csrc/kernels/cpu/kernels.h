@@ -10,23 +10,28 @@ namespace qn::cpu {
 /// Tokens that share a tile of packed activations.
 constexpr int64_t kTokenTile = 16;
 
-/// Folded activations: columns padded to whole tiles, and blocks of columns that share a scale.
+/// Columns of folded activations are padded to whole tiles.
 constexpr int64_t kFoldedTileCols = 64;
-constexpr int64_t kFoldedBlockCols = 1024;
 constexpr int64_t folded_cols(int64_t cols) {
   return (cols + kFoldedTileCols - 1) / kFoldedTileCols * kFoldedTileCols;
-}
-constexpr int64_t folded_blocks(int64_t cols) {
-  return (cols + kFoldedBlockCols - 1) / kFoldedBlockCols;
 }
 
 /// Scratch bytes of a thread: one panel as int8 with float scales and mins.
 constexpr int64_t gemm_quantized_scratch(int64_t cols) {
   return group_count(cols) * kPanelRows * (kGroupSize + 2 * 4);
 }
-/// Two panels as int8, and the sums and totals of 32 x 32 results.
+/// An unpacked panel, and the sums and totals of 32 x 32 results.
 constexpr int64_t gemm_folded_scratch(int64_t cols) {
-  return 2 * kPanelRows * folded_cols(cols) + 2 * 32 * 32 * 4;
+  return kPanelRows * folded_cols(cols) + 2 * 32 * 32 * 4;
+}
+/// The same and the results of a unit of work: floats between two halves of a panel, bytes in all.
+constexpr int64_t gated_half_stride(int64_t chunk_tokens) {
+  return (chunk_tokens + 1) * kHalfPanelRows;
+}
+constexpr int64_t gated_gemm_folded_scratch(int64_t cols, int64_t chunk_tokens,
+                                            int64_t block_cols) {
+  return gemm_folded_scratch(cols) +
+         block_cols / kHalfPanelRows * gated_half_stride(chunk_tokens) * 4;
 }
 
 struct CpuKernels {
@@ -61,6 +66,8 @@ struct CpuKernels {
   void (*fold_activations)(const FoldActivationsArgs&, int64_t begin,
                            int64_t end);  // tiles of 16 tokens
   void (*gemm_int4_folded)(const GemmFoldedArgs&, int64_t begin, int64_t end);  // chunks x panels
+  void (*gated_gemm_int4_folded)(const GatedGemmFoldedArgs&, int64_t begin,
+                                 int64_t end);  // chunks x blocks
 
   void (*decode_source)(const DecodeSourceArgs&, int64_t begin, int64_t end);  // rows
   void (*repack)(const RepackArgs&, int64_t begin, int64_t end);               // panels
@@ -99,6 +106,7 @@ void gemm_int8(const GemmQuantizedArgs& args, int64_t begin, int64_t end);
 void gemm_int4(const GemmQuantizedArgs& args, int64_t begin, int64_t end);
 void fold_activations(const FoldActivationsArgs& args, int64_t begin, int64_t end);
 void gemm_int4_folded(const GemmFoldedArgs& args, int64_t begin, int64_t end);
+void gated_gemm_int4_folded(const GatedGemmFoldedArgs& args, int64_t begin, int64_t end);
 
 }  // namespace qn::cpu::QN_ISA
 #endif

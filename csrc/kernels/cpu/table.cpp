@@ -21,6 +21,7 @@ void fill(CpuKernels& table) {
   table.gemm_bf16_pack_x = gemm_bf16_pack_x;
   table.fold_activations = fold_activations;
   table.gemm_int4_folded = gemm_int4_folded;
+  table.gated_gemm_int4_folded = gated_gemm_int4_folded;
 #endif
   table.probe = probe;
   table.gemm_bf16 = gemm_bf16;

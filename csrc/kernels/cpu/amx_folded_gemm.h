@@ -1,0 +1,267 @@
+// What the folded GEMMs share: int8 tiles of sixteen plus sixteen weight rows, times a chunk of
+// folded activations, with the float work hidden between the tile products. Level amx only.
+//
+//   weight  w8 = round(weight / fold_scale) in int8, one scale per row; a pair of half panels is
+//           unpacked to [step of 64 columns][side][16][64] before its products: spread between them
+//           the unpacking costs three times as much, because its stores delay the tile loads
+//   x       int8, one scale per token and block of columns (FoldedActivations)
+//   y       fold_scale * sum over the blocks of (x scale * int32 sum), given to a Sink
+//
+// A Sink takes the two vectors of sixteen results that a token has with a pair:
+//   start(pair)           before the first of them
+//   row(token, y[2])      each token of the chunk once
+#pragma once
+#include "kernels/cpu/amx_tile.h"
+#include "kernels/cpu/kernels.h"
+#include "kernels/cpu/vec_dot.h"
+
+namespace qn::cpu::QN_ISA {
+
+constexpr int64_t kTileBytes = 1024;
+/// Of packed weights; matters when few tokens share a panel.
+constexpr int64_t kFoldedPrefetchBytes = 3072;
+
+/// Sixteen rows of a packed 4-bit panel.
+struct HalfPanel {
+  const uint8_t* packed = nullptr;  // the panel; null: there is none
+  int half = 0;
+  WeightFormat format = WeightFormat::Int4;
+
+  QN_INLINE __m512 fold_scale() const {
+    return _mm512_loadu_ps(reinterpret_cast<const PanelHeader*>(packed)->fold_scale + 16 * half);
+  }
+};
+
+struct PanelPair {
+  HalfPanel side[2];
+};
+
+/// Sixteen rows of a packed panel as int8 tiles, [step of 64 columns][16][64] with 2 KB between the
+/// steps.
+template <bool has_min>
+QN_INLINE void unpack_half(const HalfPanel& half, int64_t groups, int8_t* out) {
+  // Codes times 128 * scale / fold_scale, in 16 bits: seven fraction bits until the rounding.
+  const PanelHeader* header = reinterpret_cast<const PanelHeader*>(half.packed);
+  const int first = half.half * static_cast<int>(kHalfPanelRows);
+  const __m512 fold = half.fold_scale();
+  const __mmask16 used = _mm512_cmp_ps_mask(fold, _mm512_setzero_ps(), _CMP_GT_OQ);
+  const __m512 inverse = _mm512_maskz_div_ps(used, _mm512_set1_ps(128.0f), fold);
+  const __m512 row_scale =
+      has_min ? _mm512_mul_ps(inverse, _mm512_loadu_ps(header->row_scale + first)) : inverse;
+  const __m512 row_min = _mm512_mul_ps(inverse, _mm512_loadu_ps(header->row_min + first));
+  const auto fixed_point = [](Vec value, __m512 factor) {
+    return _mm512_cvtps_epi32(_mm512_mul_ps(value.v, factor));
+  };
+  const auto both_words = [](__m512i x) {
+    return _mm512_mask_blend_epi16(0xAAAAAAAAu, x, _mm512_slli_epi32(x, 16));
+  };
+  const __m512i nibble = _mm512_set1_epi16(15), rounding = _mm512_set1_epi32(64);
+  const __mmask64 odd_bytes = 0xAAAAAAAAAAAAAAAAull;
+
+  for (int64_t g = 0; g < groups; ++g) {
+    const uint8_t* block = half.packed + sizeof(PanelHeader) + g * kInt4BlockBytes;
+    const uint8_t* codes = block + kScaleBytes + 256 * half.half;
+    for (int i = 0; i < 256; i += 64) __builtin_prefetch(codes + kFoldedPrefetchBytes + i, 0, 3);
+    __m512i factor, offset;
+    if constexpr (has_min) {
+      factor = fixed_point(load_bytes(block + first), row_scale);
+      offset = _mm512_sub_epi32(fixed_point(load_bytes(block + 32 + first), row_min), rounding);
+    } else {
+      factor = fixed_point(load_halfs(block + 2 * first), row_scale);
+      offset = _mm512_sub_epi32(_mm512_slli_epi32(factor, 3), rounding);
+    }
+    factor = both_words(factor);
+    offset = both_words(offset);
+    // Results are modulo 2^16; those of codes that occur fit, whatever factor and offset are.
+    const auto fold_codes = [&](__m512i even, __m512i odd) {
+      even = _mm512_sub_epi16(_mm512_mullo_epi16(even, factor), offset);
+      odd = _mm512_sub_epi16(_mm512_mullo_epi16(odd, factor), offset);
+      return _mm512_mask_blend_epi8(odd_bytes, _mm512_srli_epi16(even, 7),
+                                    _mm512_slli_epi16(odd, 1));
+    };
+    int8_t* tile = out + g / 2 * 2 * kTileBytes + g % 2 * 512;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m512i v = _mm512_loadu_si512(codes + 64 * i);
+      const __m512i low = fold_codes(_mm512_and_si512(v, nibble),
+                                     _mm512_and_si512(_mm512_srli_epi16(v, 8), nibble));
+      const __m512i high =
+          fold_codes(_mm512_and_si512(_mm512_srli_epi16(v, 4), nibble), _mm512_srli_epi16(v, 12));
+      _mm512_store_si512(tile + 128 * i, low);
+      _mm512_store_si512(tile + 128 * i + 64, high);
+    }
+  }
+}
+
+/// A pair as [step][side][16][64].
+QN_INLINE void unpack_pair(const PanelPair& pair, int64_t groups, int8_t* out) {
+  for (int s = 0; s < 2; ++s) {
+    const HalfPanel& half = pair.side[s];
+    if (half.format == WeightFormat::Int4) {
+      unpack_half<true>(half, groups, out + s * kTileBytes);
+    } else {
+      unpack_half<false>(half, groups, out + s * kTileBytes);
+    }
+  }
+}
+
+/// What a thread needs for 32 tokens x a pair; an unpacked pair follows it.
+struct FoldedStaging {
+  alignas(64) int32_t sums[4][16][16];  // [token half * 2 + side][token][row]
+  alignas(64) float total[4][16][16];
+};
+
+/// Float work of 32 tokens and one block of columns, a token at a time.
+template <class Sink>
+class FoldedEpilogue {
+ public:
+  QN_INLINE void start(const FoldedActivations& x, FoldedStaging* staging, int64_t token,
+                       int64_t last_token, int64_t block, int64_t blocks) {
+    staging_ = staging;
+    row_ = 0;
+    const int64_t left = last_token - token;
+    rows_ = static_cast<int>(left < 32 ? left : 32);
+    token_ = token;
+    scale_ = x.scale + token * blocks + block;
+    scale_stride_ = blocks;
+    first_ = block == 0;
+    last_ = block + 1 == blocks;
+  }
+
+  QN_INLINE bool done() const { return row_ >= rows_; }
+
+  QN_INLINE void token(const __m512* fold_scale, Sink& sink) {
+    const int tile = row_ / 16 * 2, t = row_ % 16;
+    const __m512 scale = _mm512_set1_ps(scale_[row_ * scale_stride_]);
+    __m512 y[2];
+#pragma GCC unroll 2
+    for (int s = 0; s < 2; ++s) {
+      const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(staging_->sums[tile + s][t]));
+      float* total = staging_->total[tile + s][t];
+      y[s] =
+          first_ ? _mm512_mul_ps(sum, scale) : _mm512_fmadd_ps(sum, scale, _mm512_load_ps(total));
+      if (!last_) _mm512_store_ps(total, y[s]);
+    }
+    if (last_) {
+      for (int s = 0; s < 2; ++s) y[s] = _mm512_mul_ps(y[s], fold_scale[s]);
+      sink.row(token_ + row_, y);
+    }
+    ++row_;
+  }
+
+ private:
+  FoldedStaging* staging_ = nullptr;
+  int row_ = 0, rows_ = 0;
+  int64_t token_ = 0;
+  const float* scale_ = nullptr;
+  int64_t scale_stride_ = 0;
+  bool first_ = false, last_ = false;
+};
+
+/// One block of columns for 32 tokens (16 when `two` is false) into staging->sums, with side work
+/// between.
+template <bool two, class Side>
+QN_INLINE void multiply_block(const int8_t* x, int64_t x_tile_stride, const int8_t* w,
+                              int64_t steps, FoldedStaging* staging, Side&& side) {
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (two) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t s = 0; s < steps; ++s) {
+    _tile_loadd(4, x + s * kTileBytes, 64);
+    _tile_loadd(6, w + s * 2 * kTileBytes, 64);
+    _tile_loadd(7, w + s * 2 * kTileBytes + kTileBytes, 64);
+    if constexpr (two) _tile_loadd(5, x + x_tile_stride + s * kTileBytes, 64);
+    _tile_dpbssd(0, 4, 6);
+    _tile_dpbssd(1, 4, 7);
+    if constexpr (two) {
+      _tile_dpbssd(2, 5, 6);
+      _tile_dpbssd(3, 5, 7);
+    }
+    side();
+  }
+  _tile_stored(0, staging->sums[0], 64);
+  _tile_stored(1, staging->sums[1], 64);
+  if constexpr (two) {
+    _tile_stored(2, staging->sums[2], 64);
+    _tile_stored(3, staging->sums[3], 64);
+  }
+}
+
+/// The pairs pair_at(begin), ..., pair_at(end - 1), rows of `cols` columns, times the tokens
+/// [first, last) of x; first is a multiple of 32.
+template <class PairAt, class Sink>
+QN_INLINE void multiply_pairs(const FoldedActivations& x, int64_t cols, int64_t first, int64_t last,
+                              int64_t begin, int64_t end, FoldedStaging* staging, PairAt&& pair_at,
+                              Sink& sink) {
+  const int64_t groups = group_count(cols), steps = folded_cols(cols) / kFoldedTileCols;
+  const int64_t blocks = x.blocks(cols), steps_per_block = x.block_cols / kFoldedTileCols;
+  const int64_t x_tile = steps * kTileBytes;
+  int8_t* tiles = reinterpret_cast<int8_t*>(staging + 1);
+  if (groups % 2 != 0) {  // the last step's second group does not exist
+    memset(tiles + (steps - 1) * 2 * kTileBytes, 0, 2 * kTileBytes);
+  }
+  for (int64_t p = begin; p < end; ++p) {
+    const PanelPair pair = pair_at(p);
+    unpack_pair(pair, groups, tiles);
+    const __m512 fold_scale[2] = {pair.side[0].fold_scale(), pair.side[1].fold_scale()};
+    sink.start(p);
+    FoldedEpilogue<Sink> epilogue;
+    for (int64_t token = first; token < last; token += 32) {
+      const bool two = last - token > kTokenTile;
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t step = block * steps_per_block;
+        const int64_t block_steps = steps - step < steps_per_block ? steps - step : steps_per_block;
+        const int tokens_per_step = static_cast<int>((32 + block_steps - 1) / block_steps);
+        const auto side = [&] {
+          for (int i = 0; i < tokens_per_step && !epilogue.done(); ++i) {
+            epilogue.token(fold_scale, sink);
+          }
+        };
+        const int8_t* codes = x.codes + token / kTokenTile * x_tile + step * kTileBytes;
+        if (two) {
+          multiply_block<true>(codes, x_tile, tiles + step * 2 * kTileBytes, block_steps, staging,
+                               side);
+        } else {
+          multiply_block<false>(codes, x_tile, tiles + step * 2 * kTileBytes, block_steps, staging,
+                                side);
+        }
+        epilogue.start(x, staging, token, last, block, blocks);
+      }
+    }
+    while (!epilogue.done()) epilogue.token(fold_scale, sink);
+  }
+}
+
+/// One token's columns [0, valid) of a block as int8, zeros up to `padded`; sixteen columns of x
+/// lie together, x_stride floats apart; `out` is the token's row in the block's first tile. Returns
+/// the scale.
+QN_INLINE float fold_block(const float* x, int64_t x_stride, int64_t valid, int64_t padded,
+                           int8_t* out) {
+  const auto load = [&](int64_t c) {
+    const float* sixteen = x + c / 16 * x_stride;
+    const int64_t left = valid - c;
+    return left >= 16 ? _mm512_loadu_ps(sixteen)
+           : left > 0 ? _mm512_maskz_loadu_ps(Vec::first(static_cast<int>(left)), sixteen)
+                      : _mm512_setzero_ps();
+  };
+  // As integers, magnitudes with NaN and infinity are the largest.
+  __m512i largest_bits = _mm512_setzero_si512();
+  for (int64_t c = 0; c < valid; c += 16) {
+    largest_bits = _mm512_max_epi32(largest_bits, _mm512_castps_si512(_mm512_abs_ps(load(c))));
+  }
+  const ActivationScale scale = activation_scale(_mm512_reduce_max_epi32(largest_bits));
+  const __m512 inverse = _mm512_set1_ps(scale.inverse);
+  for (int64_t c = 0; c < padded; c += 16) {
+    const __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(load(c), inverse));
+    const __m512i finite = scale.finite ? codes : _mm512_setzero_si512();
+    _mm_store_si128(
+        reinterpret_cast<__m128i*>(out + c / kFoldedTileCols * kTileBytes + c % kFoldedTileCols),
+        _mm512_cvtepi32_epi8(finite));
+  }
+  return scale.scale;
+}
+
+}  // namespace qn::cpu::QN_ISA

@@ -1,0 +1,28 @@
+// How linear and mlp use the folded kernels: when, with which activations and chunks. Internal.
+#pragma once
+#include "core/context.h"
+#include "core/tensor.h"
+#include "kernels/args.h"
+#include "ops/ops.h"
+
+namespace qn::ops {
+
+/// Columns that share a scale: those of a norm's output, and those of an MLP's inner activations,
+/// whose outliers reach further.
+constexpr int64_t kFoldedBlockCols = 1024;
+constexpr int64_t kGatedBlockCols = 512;
+
+/// Whether the active level multiplies this weight with the folded kernel.
+bool takes_folded(const WeightView& weight, int64_t tokens, bool invariant);
+
+FoldedActivations allocate_folded(int64_t tokens, int64_t cols, int64_t block_cols,
+                                  const ExecContext& context);
+
+/// x [tokens, cols] f32, last axis dense.
+FoldedActivations fold(const TensorView& x, int64_t block_cols, const ExecContext& context);
+
+/// Tokens of a chunk, a multiple of 32, so that bytes_per_token of each stay in L2 while the panels
+/// pass.
+int64_t folded_chunk_tokens(int64_t tokens, int64_t bytes_per_token);
+
+}  // namespace qn::ops

@@ -1,0 +1,105 @@
+#include <algorithm>
+
+#include "kernels/cpu/dispatch.h"
+#include "ops/check.h"
+#include "ops/folded.h"
+#include "ops/ops.h"
+
+namespace qn::ops {
+namespace {
+
+/// silu(x gate^T) * (x up^T), folded.
+FoldedActivations gated_folded(const TensorView& x, const WeightView& gate, const WeightView& up,
+                               const ExecContext& context) {
+  const int64_t tokens = x.shape[0];
+  GatedGemmFoldedArgs args{};
+  args.out = allocate_folded(tokens, gate.rows, kGatedBlockCols, context);
+  args.gate = {gate.data, gate.format};
+  args.up = {up.data, up.format};
+  args.x = fold(x, kFoldedBlockCols, context);
+  args.rows = gate.rows;
+  args.cols = gate.cols;
+  args.chunk_tokens =
+      folded_chunk_tokens(tokens, cpu::folded_cols(gate.cols) + kGatedBlockCols * 4);
+  const int threads = context.pool.threads();
+  const int64_t blocks = args.out.blocks(gate.rows);
+  const auto chunks = [&] { return (tokens + args.chunk_tokens - 1) / args.chunk_tokens; };
+  while (chunks() * blocks < 2 * threads && args.chunk_tokens >= 4 * cpu::kTokenTile) {
+    args.chunk_tokens = (args.chunk_tokens / 2 + 31) / 32 * 32;
+  }
+  const int64_t scratch_bytes =
+      cpu::gated_gemm_folded_scratch(gate.cols, args.chunk_tokens, kGatedBlockCols);
+  char* scratch = context.workspace.allocate_array<char>(scratch_bytes * threads);
+  const auto kernel = cpu::active_cpu_kernels().gated_gemm_int4_folded;
+  context.pool.parallel_for(chunks() * blocks, 1, [&](int64_t begin, int64_t end, int thread) {
+    GatedGemmFoldedArgs mine = args;
+    mine.scratch = scratch + thread * scratch_bytes;
+    kernel(mine, begin, end);
+  });
+  return args.out;
+}
+
+/// out += x down^T with x folded already.
+void add_folded(const TensorView& out, const FoldedActivations& x, const WeightView& down,
+                const ExecContext& context) {
+  GemmFoldedArgs args{};
+  args.out = out.as<float>();
+  args.out_stride = out.stride[0];
+  args.add = true;
+  args.weight = down.data;
+  args.format = down.format;
+  args.rows = down.rows;
+  args.cols = down.cols;
+  args.x = x;
+  args.chunk_tokens = folded_chunk_tokens(x.tokens, cpu::folded_cols(down.cols));
+  const int64_t chunks = (x.tokens + args.chunk_tokens - 1) / args.chunk_tokens;
+  const int64_t scratch_bytes = cpu::gemm_folded_scratch(down.cols);
+  char* scratch = context.workspace.allocate_array<char>(scratch_bytes * context.pool.threads());
+  const auto kernel = cpu::active_cpu_kernels().gemm_int4_folded;
+  context.pool.parallel_for(chunks * panel_count(down.rows), 1,
+                            [&](int64_t begin, int64_t end, int thread) {
+                              GemmFoldedArgs mine = args;
+                              mine.scratch = scratch + thread * scratch_bytes;
+                              kernel(mine, begin, end);
+                            });
+}
+
+}  // namespace
+
+void mlp(const TensorView& out, const TensorView& x, const MlpWeights& weights, bool invariant,
+         const ExecContext& context) {
+  constexpr const char* kOp = "mlp";
+  const WeightView &gate = weights.gate, &up = weights.up, &down = weights.down;
+  QN_CHECK(gate.rows == up.rows && gate.cols == up.cols, "[mlp] up is [", up.rows, ", ", up.cols,
+           "], expected [", gate.rows, ", ", gate.cols, "] like gate");
+  QN_CHECK(down.cols == gate.rows, "[mlp] down has ", down.cols, " columns, expected the ",
+           gate.rows, " rows of gate");
+  QN_CHECK(x.rank == 2 && x.dtype == DType::F32 && x.shape[1] == gate.cols, "[mlp] x is ",
+           x.describe(), ", expected f32[tokens, ", gate.cols, "]");
+  QN_CHECK(out.rank == 2 && out.dtype == DType::F32 && out.shape[0] == x.shape[0] &&
+               out.shape[1] == down.rows,
+           "[mlp] out is ", out.describe(), ", expected f32[", x.shape[0], ", ", down.rows, "]");
+  check_dense_rows(kOp, "x", x);
+  check_dense_rows(kOp, "out", out);
+  const int64_t tokens = x.shape[0], inter = gate.rows;
+  if (tokens == 0) return;
+  const Workspace::Scope scope(context.workspace);
+  if (takes_folded(gate, tokens, invariant) && takes_folded(up, tokens, invariant) &&
+      takes_folded(down, tokens, invariant)) {
+    return add_folded(out, gated_folded(x, gate, up, context), down, context);
+  }
+  const TensorView both(context.workspace.allocate_array<float>(tokens * 2 * inter), DType::F32,
+                        {tokens, 2 * inter});
+  const auto half = [&](int64_t begin) {
+    TensorView view(both.as<float>() + begin, DType::F32, {tokens, inter});
+    view.stride[0] = both.stride[0];
+    return view;
+  };
+  const LinearSegment gate_up[] = {{gate, nullptr, 0}, {up, nullptr, inter}};
+  const LinearSegment down_only[] = {{down, nullptr, 0}};
+  linear(both, x, gate_up, Epilogue::Store, invariant, context);
+  swiglu(half(0), half(0), half(inter), context);
+  linear(out, half(0), down_only, Epilogue::Add, invariant, context);
+}
+
+}  // namespace qn::ops

@@ -1,0 +1,127 @@
+"""ops.mlp against float64: the exact arithmetic, and gated_gemm_int4_folded."""
+
+from __future__ import annotations
+
+import pytest
+import quant_reference
+import torch
+from quantized_inputs import Weight, quantized
+from tolerance import assert_contraction
+
+from qwen_native import ops
+
+FORMATS = quant_reference.FORMATS
+FOLDED_TOKENS = 8  # csrc/ops/folded.h, at the level amx
+INNER_BLOCK = 512  # csrc/ops/folded.h: kGatedBlockCols
+
+
+def silu(x: torch.Tensor) -> torch.Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+def relative_error(out: torch.Tensor, ref: torch.Tensor) -> float:
+    return float((out.double() - ref).norm() / ref.norm())
+
+
+def matrices(rng, fmt, inter, hidden, hidden_out):
+    shapes = [(inter, hidden), (inter, hidden), (hidden_out, inter)]
+    return [Weight(rng, fmt, rows, cols, cols**-0.5) for rows, cols in shapes]
+
+
+def folded_values(weight: Weight) -> torch.Tensor:
+    """The weight rounded to int8 with one scale per row."""
+    step = torch.where(weight.fold_scale > 0, weight.fold_scale, 1.0)[:, None]
+    return torch.round(weight.values / step) * step
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("tokens", [1, 5, 8, 33])
+def test_exact_is_linear_swiglu_linear(isa, rng, fmt, tokens):
+    inter, hidden = 95, 70
+    gate, up, down = matrices(rng, fmt, inter, hidden, 45)
+    x, before = (
+        torch.randn((tokens, hidden), generator=rng),
+        torch.randn((tokens, 45), generator=rng),
+    )
+    out = ops.mlp(before.clone(), x, gate.packed, up.packed, down.packed, invariant=True)
+    inner = ops.linear(x, [gate.packed, up.packed], invariant=True)
+    inner = ops.swiglu(inner[:, :inter], inner[:, inter:])
+    parts = ops.linear(inner, down.packed, out=before.clone(), add=True, invariant=True)
+    assert torch.equal(out, parts)
+    wide, _ = quantized(x, 32)
+    inner = silu(wide @ gate.values.T) * (wide @ up.values.T)
+    inner, _ = quantized(inner.float(), 32)
+    assert relative_error(out - before, inner @ down.values.T) < 3e-3  # codes on the edge of a step
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_float_weights(isa, rng, tokens):
+    gate, up = (torch.randn((70, 33), generator=rng) / 6 for _ in range(2))
+    down = torch.randn((20, 70), generator=rng) / 8
+    x, before = torch.randn((tokens, 33), generator=rng), torch.randn((tokens, 20), generator=rng)
+    out = ops.mlp(before.clone(), x, gate, up, down)
+    g, u, d = gate.double(), up.double(), down.double()
+    ref = before.double() + (silu(x.double() @ g.T) * (x.double() @ u.T)) @ d.T
+    base = before + (silu(x @ gate.T) * (x @ up.T)) @ down.T
+    assert_contraction(out, ref, base)
+
+
+@pytest.mark.parametrize("fmt", ["int4_symmetric", "int4"])
+@pytest.mark.parametrize(
+    "tokens,inter,hidden",
+    [(FOLDED_TOKENS, 96, 64), (31, 600, 200), (70, 1100, 1300), (513, 33, 31)],
+)
+def test_folded(isa, rng, fmt, tokens, inter, hidden):
+    """Against the product of the packed weights the folded path's roundings cost a few percent;
+    against one with these roundings made in float64 what is left are codes on the edge of a step
+    (the kernel computes the weights' with seven fraction bits)."""
+    gate, up, down = matrices(rng, fmt, inter, hidden, 45)
+    x = torch.randn((tokens, hidden), generator=rng)
+    out = ops.mlp(torch.zeros((tokens, 45)), x, gate.packed, up.packed, down.packed)
+    exact = silu(x.double() @ gate.values.T) * (x.double() @ up.values.T)
+    assert relative_error(out, exact @ down.values.T) < 0.03
+    if isa == "amx":
+        wide, _ = quantized(x, 1024)
+        inner = silu(wide @ folded_values(gate).T) * (wide @ folded_values(up).T)
+        inner, _ = quantized(inner.float(), INNER_BLOCK)
+        assert relative_error(out, inner @ folded_values(down).T) < 0.015
+
+
+@pytest.mark.parametrize("fmt", ["int4_symmetric", "int4"])
+def test_folded_rows_do_not_depend_on_each_other(isa, rng, fmt):
+    gate, up, down = matrices(rng, fmt, 600, 200, 45)
+    x = torch.randn((300, 200), generator=rng)
+
+    def run(rows: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros((len(rows), 45))
+        return ops.mlp(out, rows, gate.packed, up.packed, down.packed)
+
+    whole = run(x)
+    for tokens in (8, 16, 33, 257):
+        assert torch.equal(run(x[300 - tokens :]), whole[300 - tokens :]), tokens
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity_stay_in_their_row(isa, rng, fmt, value):
+    gate, up, down = matrices(rng, fmt, 90, 70, 45)
+    x = torch.randn((20, 70), generator=rng)
+    x[7, 69] = value
+    out = ops.mlp(torch.zeros((20, 45)), x, gate.packed, up.packed, down.packed)
+    assert torch.isnan(out[7]).all()
+    assert torch.isfinite(out[[t for t in range(20) if t != 7]]).all()
+
+
+def test_shapes_are_checked(rng):
+    gate, up, down = (torch.zeros(shape) for shape in [(8, 4), (8, 4), (3, 8)])
+    out, x = torch.zeros((2, 3)), torch.zeros((2, 4))
+    for bad, message in [
+        ((out, x, gate, torch.zeros((7, 4)), down), "up is"),
+        ((out, x, gate, up, torch.zeros((3, 7))), "down has 7 columns"),
+        ((out, torch.zeros((2, 5)), gate, up, down), "x is"),
+        ((torch.zeros((2, 4)), x, gate, up, down), "out is"),
+        ((torch.zeros((1, 3)), x, gate, up, down), "out is"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ops.mlp(*bad)
+    assert torch.equal(out, torch.zeros((2, 3)))

@@ -1,0 +1,38 @@
+"""Random packed weights with the float64 matrices that they stand for, and activations rounded to
+int8 as the kernels round them; for the tests of linear and mlp."""
+
+from __future__ import annotations
+
+import numpy as np
+import quant_reference
+import torch
+
+from qwen_native import ops
+
+
+class Weight:
+    """A random packed weight and the float64 matrix that it stands for."""
+
+    def __init__(self, rng: torch.Generator, fmt: str, rows: int, cols: int, scale: float = 1.0):
+        values = (torch.randn((rows, cols), generator=rng) * scale).numpy()
+        parts = quant_reference.quantize(fmt, values)
+        self.packed = ops.PackedWeight(quant_reference.pack(fmt, parts), fmt, rows, cols)
+        self.values = torch.from_numpy(quant_reference.dequantize(fmt, parts)[:rows, :cols].copy())
+        self.fold_scale = torch.from_numpy(parts.fold_scale[:rows].astype(np.float64))
+
+
+def quantized(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x rounded to int8 with a scale per group of columns (float64), and each element's scale."""
+    tokens, cols = x.shape
+    groups = max(-(-cols // group), 1)
+    padded = np.zeros((tokens, groups * group), np.float32)
+    padded[:, :cols] = x.numpy()
+    padded = padded.reshape(tokens, groups, group)
+    largest = np.abs(padded).max(-1, keepdims=True)
+    used = largest >= np.float32(1e-36)
+    safe = np.where(used, largest, np.float32(1))
+    codes = np.where(used, np.rint(padded * (np.float32(127) / safe)), np.float32(0))
+    scale = np.where(used, safe / np.float32(127), np.float32(0)).astype(np.float64)
+    wide = (codes.astype(np.float64) * scale).reshape(tokens, -1)[:, :cols]
+    scales = np.broadcast_to(scale, padded.shape).reshape(tokens, -1)[:, :cols]
+    return torch.from_numpy(wide.copy()), torch.from_numpy(scales.copy())
