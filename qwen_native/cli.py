@@ -1,4 +1,4 @@
-"""The command `qwen-native`: chat, generate, info, bench, perplexity."""
+"""The command `qwen-native`: chat, generate, info, quantize, bench, perplexity."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import select
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -107,6 +107,39 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.add_argument("--model", help="load this model and describe it ('demo' for the demo model)")
     info.add_argument("--weights", default="auto", help="auto (default), int4, int8, bf16 or f32")
+
+    quantize = _add_command(
+        commands,
+        "quantize",
+        _quantize,
+        "write a packed file whose 4-bit weights are calibrated on a text",
+        """
+  qwen-native quantize demo coder.qn
+  qwen-native quantize ./Qwen2.5-7B-Instruct qwen7b.qn --text notes.txt
+  qwen-native quantize demo coder.qn --kl-budget 0.02     8 bits for the worst matrices
+  qwen-native chat --model coder.qn
+  qwen-native info --model coder.qn                       shows what the rounding costs""",
+        loads_model=False,
+    )
+    quantize.add_argument(
+        "model", help="folder, .gguf file or Hugging Face id; 'demo' for the demo model"
+    )
+    quantize.add_argument("out", help="the .qn file to write")
+    quantize.add_argument("--weights", default="int4", choices=["int4"], help="int4 (default)")
+    quantize.add_argument(
+        "--text",
+        help="a UTF-8 text like what the model will see, its last quarter for the measurement; "
+        "default: the source code and the language reference of Python's library",
+    )
+    quantize.add_argument(
+        "--tokens", type=int, default=8192, help="most tokens to calibrate on (default 8192)"
+    )
+    quantize.add_argument(
+        "--kl-budget",
+        type=float,
+        help="highest mean KL divergence from the source, in nats; costs size where needed",
+    )
+    quantize.add_argument("--threads", type=int, help="default: the CPUs this process may use")
 
     bench = _add_command(
         commands,
@@ -215,16 +248,17 @@ def _sampling_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextmanager
-def _progress_bar() -> Iterator[Progress | None]:
+def _progress_bar(*, in_bytes: bool = True) -> Iterator[Progress | None]:
     """A progress bar on the terminal; nothing where the output is not one."""
     if not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn
+    from rich.progress import BarColumn, DownloadColumn, TaskProgressColumn, TextColumn
     from rich.progress import Progress as RichProgress
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    amount = DownloadColumn() if in_bytes else TaskProgressColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), amount)
     with RichProgress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, Any] = {}
 
@@ -360,11 +394,54 @@ def _info(options: argparse.Namespace) -> int:
             )
         )
         print(f"packed   {model['packed_file'] or 'no file, converted at every load'}")
-        for name, value in model["receipt"].items():
-            print(f"  {name} = {value}")
+        _print_receipt(model["receipt"])
         print(f"cache    {model['kv_dtype']}, context {model['context']} tokens")
         for name, value in model["config"].items():
             print(f"  {name} = {value}")
+    return 0
+
+
+def _print_receipt(receipt: Mapping[str, Any]) -> None:
+    for name, value in receipt.items():
+        if not isinstance(value, dict):
+            print(f"  {name} = {value}")
+            continue
+        print(f"  {name}:")
+        layers: dict[str, list[str]] = {}
+        for tensor, error in value.items():
+            layer, _, part = tensor.removesuffix(".weight").rpartition(
+                ".self_attn." if ".self_attn." in tensor else ".mlp."
+            )
+            layers.setdefault(layer or part, []).append(f"{part if layer else 'all'} {error}")
+        for layer, errors in layers.items():
+            print(f"    {layer}: {', '.join(errors)}")
+
+
+def _quantize(options: argparse.Namespace) -> int:
+    from qwen_native.quantize import quantize
+
+    with _progress_bar(in_bytes=False) as progress:
+        receipt = quantize(
+            None if options.model == "demo" else options.model,
+            options.out,
+            text=options.text,
+            tokens=options.tokens,
+            kl_budget=options.kl_budget,
+            threads=options.threads,
+            progress=progress,
+        )
+    if options.json:
+        _print_json(receipt)
+    else:
+        print(f"{options.out}: {receipt['bits_per_weight']} bits per weight")
+        print(f"mean KL from the source  {receipt['mean_kl']}")
+        print(f"top-1 flips              {receipt['top1_flips']:.2%}")
+        print(
+            f"perplexity               {receipt['perplexity']} "
+            f"(source {receipt['source_perplexity']})"
+        )
+        if receipt["matrices_at_8_bits"]:
+            print(f"matrices at 8 bits       {len(receipt['matrices_at_8_bits'])}")
     return 0
 
 

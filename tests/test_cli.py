@@ -60,7 +60,7 @@ def test_unknown_options_exit_with_2():
     assert end.value.code == 2
 
 
-@pytest.mark.parametrize("command", ["chat", "generate", "info", "bench", "perplexity"])
+@pytest.mark.parametrize("command", ["chat", "generate", "info", "quantize", "bench", "perplexity"])
 def test_help_teaches_by_example(command, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([command, "--help"])
