@@ -23,6 +23,13 @@ namespace {
 constexpr int kSpinPauses = 2000;        // about 30 to 90 microseconds
 constexpr int64_t kChunksPerThread = 4;  // balances a disturbed core, still keeps streams long
 
+/// A wait longer than this many of the caller's own chunks is a stall: the worker was taken off its
+/// CPU. Ticks are those of the time stamp counter, two to four to the nanosecond.
+constexpr uint64_t kStallChunks = 4;
+constexpr uint64_t kShortestStall = uint64_t{1} << 20;   // ticks; no scheduler's slice is shorter
+constexpr uint64_t kFirstAlone = 4, kLongestAlone = 64;  // time without workers, in stalls
+constexpr uint64_t kMostAlone = uint64_t{1} << 32;       // ticks
+
 /// The pool whose region this thread is in, and the thread's number there.
 thread_local const ThreadPool* current_pool = nullptr;
 thread_local int current_thread = 0;
@@ -39,20 +46,45 @@ void futex_wake(std::atomic<uint32_t>& word, int64_t count) {
 
 /// Returns once ready(word) holds: spins first, then sleeps. Whoever makes it hold stores to `word`
 /// first and looks at `sleepers` second; here it is the other way round, so that no wake-up is lost
-/// (all four accesses are sequentially consistent).
+/// (all four accesses are sequentially consistent). `slept` tells which of the two it was.
 template <typename Ready>
-uint32_t wait_until(std::atomic<uint32_t>& word, std::atomic<int>& sleepers, Ready ready) {
+uint32_t wait_until(std::atomic<uint32_t>& word, std::atomic<int>& sleepers, Ready ready,
+                    bool& slept) {
   uint32_t value;
+  slept = false;
   for (int pause = 0; pause < kSpinPauses; ++pause) {
     value = word.load(std::memory_order_acquire);
     if (ready(value)) return value;
     _mm_pause();
   }
+  slept = true;
   sleepers.fetch_add(1);
   while (!ready(value = word.load())) futex_wait(word, value);
   sleepers.fetch_sub(1, std::memory_order_relaxed);
   return value;
 }
+
+/// Decides when the caller is better off alone. A worker whose CPU another process wants, or whose
+/// quota is used up, holds a chunk while it does not run, and the region waits. After such a stall
+/// the caller works alone for some times as long; longer if it happens again soon after.
+class StallGuard {
+ public:
+  bool alone() const { return alone_until_ != 0 && __rdtsc() < alone_until_; }
+
+  /// The caller computed `chunks` chunks from `begin` to `end` and then slept until now.
+  void slept(uint64_t begin, uint64_t end, int64_t chunks) {
+    const uint64_t now = __rdtsc(), stall = now - end;
+    if (chunks == 0 || stall < kShortestStall) return;
+    if (stall < kStallChunks * (end - begin) / static_cast<uint64_t>(chunks)) return;
+    const bool again = alone_until_ != 0 && end - alone_until_ < last_alone_;
+    factor_ = again ? std::min(2 * factor_, kLongestAlone) : kFirstAlone;
+    last_alone_ = std::min(factor_ * stall, kMostAlone);
+    alone_until_ = now + last_alone_;
+  }
+
+ private:
+  uint64_t alone_until_ = 0, last_alone_ = 0, factor_ = kFirstAlone;
+};
 
 }  // namespace
 
@@ -75,6 +107,7 @@ struct ThreadPool::State {
   std::atomic<int> sleeping_callers{0};
   std::atomic<bool> stop{false};
   std::mutex caller;
+  StallGuard stalls;  // used by the caller
   std::vector<std::thread> workers;
 
   ~State() { stop_workers(); }
@@ -123,25 +156,30 @@ struct ThreadPool::State {
     }
   }
 
-  void take_chunks(int thread) {
+  /// Returns how many.
+  int64_t take_chunks(int thread) {
+    int64_t taken = 0;
     try {
-      for (;;) {
+      for (;; ++taken) {
         const int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
-        if (begin >= n) return;
+        if (begin >= n) return taken;
         fn(body, begin, std::min(n, begin + chunk), thread);
       }
     } catch (...) {
       next.store(n, std::memory_order_relaxed);
       if (!failed.exchange(true)) failure = std::current_exception();
     }
+    return taken;
   }
 
   void work(const ThreadPool* pool, int thread) {
     current_pool = pool;
     current_thread = thread;
     uint32_t seen = 0;
+    bool slept;
     for (;;) {
-      seen = wait_until(region, sleeping_workers, [seen](uint32_t now) { return now != seen; });
+      seen =
+          wait_until(region, sleeping_workers, [seen](uint32_t now) { return now != seen; }, slept);
       if (stop.load()) return;
       if (!join()) continue;
       take_chunks(thread);
@@ -153,10 +191,13 @@ struct ThreadPool::State {
   void run_region(int64_t chunks) {
     members.store(0, std::memory_order_release);
     wake_workers(chunks - 1);
-    take_chunks(0);
-    if (members.fetch_or(kClosed, std::memory_order_acq_rel) != 0) {
-      wait_until(members, sleeping_callers, [](uint32_t now) { return now == kClosed; });
-    }
+    const uint64_t begin = __rdtsc();
+    const int64_t taken = take_chunks(0);
+    if (members.fetch_or(kClosed, std::memory_order_acq_rel) == 0) return;
+    const uint64_t end = __rdtsc();
+    bool slept;
+    wait_until(members, sleeping_callers, [](uint32_t now) { return now == kClosed; }, slept);
+    if (slept) stalls.slept(begin, end, taken);
   }
 };
 
@@ -215,7 +256,11 @@ void ThreadPool::run(int64_t n, int64_t grain, RangeFn fn, void* body) {
   state.next.store(0, std::memory_order_relaxed);
   const ThreadPool* outer_pool = std::exchange(current_pool, this);
   const int outer_thread = std::exchange(current_thread, 0);
-  state.run_region((n + state.chunk - 1) / state.chunk);
+  if (state.stalls.alone()) {
+    state.take_chunks(0);
+  } else {
+    state.run_region((n + state.chunk - 1) / state.chunk);
+  }
   current_pool = outer_pool;
   current_thread = outer_thread;
   if (state.failed.exchange(false)) std::rethrow_exception(std::exchange(state.failure, nullptr));

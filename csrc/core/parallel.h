@@ -9,7 +9,9 @@ namespace qn {
 /// Workers spin for some tens of microseconds after a region, which covers the gaps between the ops
 /// of one token, then sleep on a futex, so that an idle pool uses no CPU and a throttled one does
 /// not burn its quota. A region waits only for the workers that joined it: on a busy machine a
-/// worker that was not scheduled in time costs nothing. After fork() the child's pool starts
+/// worker that was not scheduled in time costs nothing, and after one was taken off its CPU amid a
+/// chunk the caller works alone for a while, so that neither a busy core nor a quota below the
+/// number of threads makes it slower than one thread. After fork() the child's pool starts
 /// workers of its own.
 class ThreadPool {
  public:

@@ -118,8 +118,8 @@ TEST(pool_runs_many_short_regions) {
 }
 
 TEST(pool_wakes_sleeping_workers) {
-  ThreadPool pool(4);
   for (int round = 0; round < 5; ++round) {
+    ThreadPool pool(4);  // a new one: on a busy machine the round before may have had a stall
     std::this_thread::sleep_for(std::chrono::milliseconds(5));  // far beyond the spin
     std::mutex mutex;
     std::set<std::thread::id> used;
@@ -144,6 +144,33 @@ TEST(pool_uses_no_cpu_when_idle) {
   std::this_thread::sleep_for(std::chrono::milliseconds(200));
   const double cpu_seconds = static_cast<double>(std::clock() - before) / CLOCKS_PER_SEC;
   CHECK(cpu_seconds < 0.05);  // four spinning threads would have used at least 0.2
+}
+
+TEST(pool_goes_without_a_stalled_worker_for_a_while) {
+  ThreadPool pool(2);
+  std::atomic<int> on_worker{0};
+  const auto run_with_worker = [&](std::chrono::milliseconds stall) {
+    std::atomic<bool> joined{false};
+    pool.parallel_for(8, 1, [&](int64_t, int64_t, int thread) {
+      if (thread != 0 && !joined.exchange(true)) {
+        ++on_worker;
+        std::this_thread::sleep_for(stall);
+      }
+      const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+      while (!joined && std::chrono::steady_clock::now() < deadline) std::this_thread::yield();
+    });
+  };
+  run_with_worker(std::chrono::milliseconds(100));
+  CHECK(on_worker == 1);
+  std::atomic<int> wrong{0};
+  pool.parallel_for(100, 1, [&](int64_t, int64_t, int thread) { wrong += thread != 0; });
+  CHECK(wrong == 0);
+  check_coverage(pool, 1000, 3);
+  CHECK_THROWS(ArgumentError, "alone",
+               pool.parallel_for(8, 1, [](int64_t, int64_t, int) { QN_CHECK(false, "alone"); }));
+  std::this_thread::sleep_for(std::chrono::milliseconds(600));  // four times the stall is over
+  run_with_worker(std::chrono::milliseconds(0));
+  CHECK(on_worker == 2);
 }
 
 TEST(pool_waits_for_slow_worker) {
