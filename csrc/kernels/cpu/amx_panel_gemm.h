@@ -2,9 +2,9 @@
 // and the same float operations in the same order, hence the same bits.
 //
 //   panel, once per run   codes to int8 (code - offset), [group][half][8][64]; scales to float
-//   16 tokens x 16 rows   one tile product per group, A [16 tokens][32], B [8][16 rows][4]; it is
-//                         stored and added to sixteen registers of floats, while the next group
-//                         is multiplied
+//   16 tokens x 32 rows   two tile products per group, A [16 tokens][32], B [8][16 rows][4]; the
+//                         sums of eight groups are stored, then added to sixteen registers of
+//                         floats, one half of the panel after the other
 #pragma once
 #include "kernels/cpu/amx_tile.h"
 #include "kernels/cpu/vec_panel_gemm.h"
@@ -63,52 +63,65 @@ void unpack_panel(const uint8_t* packed, int64_t groups, const UnpackedPanel& pa
   }
 }
 
-/// A block of up to sixteen tokens times one half of a panel.
-template <class Format>
-QN_INLINE void tile_block(const GemmQuantizedArgs& a, const UnpackedPanel& panel,
-                          const PanelHeader* header, int64_t row, int half, int64_t token) {
-  const int64_t groups = group_count(a.cols);
-  const ActivationSlot slot = activation_slot(token, a.x.tokens, groups);
-  const int8_t* x = a.x.codes + slot.first * kGroupSize;
-  const float* x_scale = a.x.scale + slot.first;
-  const int8_t* codes = panel.codes + half * 512;
-  const float* scales = panel.scale + half * kHalfPanelRows;
-  alignas(64) int32_t sums[2][16][16];
-  __m512 y[16];
-  for (__m512& v : y) v = _mm512_setzero_ps();
+/// Groups whose sums are stored before the float work on them: tile products follow one another
+/// without waiting, and 16 KB of sums stay in L1.
+constexpr int64_t kGroupsPerPass = 8;
 
-  const auto multiply = [&](int64_t g) noexcept {
-    const int8_t* group_x = x + g * slot.stride * kGroupSize;
-    if (g % 2 == 0) {
+/// Adds the products of one pass of groups to totals [half][token][row].
+QN_INLINE void multiply_groups(const int8_t* x, int64_t x_group, const float* x_scale,
+                               int64_t scale_group, const UnpackedPanel& panel, int64_t first,
+                               int64_t last, float totals[kHalves][16][16]) {
+  alignas(64) int32_t sums[kGroupsPerPass][kHalves][16][16];
+  for (int64_t g = first; g < last; ++g) {
+    const int8_t *group_x = x + g * x_group, *codes = panel.codes + g * 1024;
+    auto& sum = sums[g - first];
+    if (g % 2 == 0) {  // two sets of tiles, so that a group need not wait for the one before it
       _tile_zero(0);
-      _tile_loadd(2, group_x, kGroupSize);
-      _tile_loadd(3, codes + g * 1024, 64);
-      _tile_dpbssd(0, 2, 3);
-      _tile_stored(0, sums[0], 64);
-    } else {
       _tile_zero(1);
       _tile_loadd(4, group_x, kGroupSize);
-      _tile_loadd(5, codes + g * 1024, 64);
-      _tile_dpbssd(1, 4, 5);
-      _tile_stored(1, sums[1], 64);
-    }
-  };
-  if (groups > 0) multiply(0);
-  for (int64_t g = 0; g < groups; ++g) {
-    if (g + 1 < groups) multiply(g + 1);
-    const __m512 scale = _mm512_load_ps(scales + g * kPanelRows);
-    const float* group_scale = x_scale + g * slot.stride;
-#pragma GCC unroll 16
-    for (int t = 0; t < 16; ++t) {
-      y[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums[g % 2][t])),
-                             _mm512_mul_ps(scale, _mm512_set1_ps(group_scale[t])), y[t]);
+      _tile_loadd(6, codes, 64);
+      _tile_dpbssd(0, 4, 6);
+      _tile_loadd(7, codes + 512, 64);
+      _tile_dpbssd(1, 4, 7);
+      _tile_stored(0, sum[0], 64);
+      _tile_stored(1, sum[1], 64);
+    } else {
+      _tile_zero(2);
+      _tile_zero(3);
+      _tile_loadd(5, group_x, kGroupSize);
+      _tile_loadd(6, codes, 64);
+      _tile_dpbssd(2, 5, 6);
+      _tile_loadd(7, codes + 512, 64);
+      _tile_dpbssd(3, 5, 7);
+      _tile_stored(2, sum[0], 64);
+      _tile_stored(3, sum[1], 64);
     }
   }
-  alignas(64) float result[16][16];
+  for (int h = 0; h < kHalves; ++h) {
+    __m512 y[16];
 #pragma GCC unroll 16
-  for (int t = 0; t < 16; ++t) _mm512_store_ps(result[t], y[t]);
+    for (int t = 0; t < 16; ++t) y[t] = _mm512_load_ps(totals[h][t]);
+    for (int64_t g = first; g < last; ++g) {
+      const __m512 scale = _mm512_load_ps(panel.scale + g * kPanelRows + h * kHalfPanelRows);
+      const float* group_scale = x_scale + g * scale_group;
+#pragma GCC unroll 16
+      for (int t = 0; t < 16; ++t) {
+        y[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums[g - first][h][t])),
+                               _mm512_mul_ps(scale, _mm512_set1_ps(group_scale[t])), y[t]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int t = 0; t < 16; ++t) _mm512_store_ps(totals[h][t], y[t]);
+  }
+}
 
+/// Offsets, bias and the store of one half; result [token][row].
+template <class Format>
+QN_INLINE void finish_half(const GemmQuantizedArgs& a, const UnpackedPanel& panel,
+                           const PanelHeader* header, int64_t row, int half, int64_t token,
+                           const ActivationSlot& slot, float result[16][16]) {
   if constexpr (Format::kHasMin) {
+    const int64_t groups = group_count(a.cols);
     const float* offsets = panel.offset + half * kHalfPanelRows;
     const float* scaled_sum = a.x.scaled_sum + slot.first;
     __m512 z[16];
@@ -138,6 +151,24 @@ QN_INLINE void tile_block(const GemmQuantizedArgs& a, const UnpackedPanel& panel
   }
 }
 
+/// Up to sixteen tokens times a panel.
+template <class Format>
+QN_INLINE void tile_block(const GemmQuantizedArgs& a, const UnpackedPanel& panel,
+                          const PanelHeader* header, int64_t first_row, int64_t token) {
+  const int64_t groups = group_count(a.cols);
+  const ActivationSlot slot = activation_slot(token, a.x.tokens, groups);
+  alignas(64) float totals[kHalves][16][16] = {};
+  for (int64_t g = 0; g < groups; g += kGroupsPerPass) {
+    multiply_groups(a.x.codes + slot.first * kGroupSize, slot.stride * kGroupSize,
+                    a.x.scale + slot.first, slot.stride, panel, g,
+                    g + kGroupsPerPass < groups ? g + kGroupsPerPass : groups, totals);
+  }
+  for (int half = 0; half < kHalves; ++half) {
+    const int64_t row = first_row + half * kHalfPanelRows;
+    if (row < a.rows) finish_half<Format>(a, panel, header, row, half, token, slot, totals[half]);
+  }
+}
+
 /// Panels [begin, end).
 template <class Format>
 void gemm_panels_tiles(const GemmQuantizedArgs& a, int64_t begin, int64_t end) {
@@ -145,8 +176,8 @@ void gemm_panels_tiles(const GemmQuantizedArgs& a, int64_t begin, int64_t end) {
   const int64_t panel_size = Format::kHeader + groups * Format::kBlock;
   const UnpackedPanel unpacked = UnpackedPanel::at(a.scratch, groups);
   TileConfig config;
-  for (int tile = 0; tile < 6; ++tile) {  // sums 0 and 1, x 2 and 4, weights 3 and 5
-    const bool x = tile == 2 || tile == 4, w = tile == 3 || tile == 5;
+  for (int tile = 0; tile < 8; ++tile) {  // sums 0-3, x 4 and 5, weights 6 and 7
+    const bool x = tile == 4 || tile == 5, w = tile >= 6;
     config.rows[tile] = w ? 8 : 16;
     config.row_bytes[tile] = x ? kGroupSize : 64;
   }
@@ -156,10 +187,7 @@ void gemm_panels_tiles(const GemmQuantizedArgs& a, int64_t begin, int64_t end) {
     unpack_panel<Format>(packed, groups, unpacked);
     const PanelHeader* header = reinterpret_cast<const PanelHeader*>(packed);
     for (int64_t token = 0; token < a.x.tokens; token += kTokenTile) {
-      for (int half = 0; half < kHalves; ++half) {
-        const int64_t row = panel * kPanelRows + half * kHalfPanelRows;
-        if (row < a.rows) tile_block<Format>(a, unpacked, header, row, half, token);
-      }
+      tile_block<Format>(a, unpacked, header, panel * kPanelRows, token);
     }
   }
 }
