@@ -8,7 +8,7 @@ Needs llama-cpp-python, built with clang so that it uses AMX where the host has 
 
 Then, for the demo model:
 
-    python benchmarks/peers.py --threads 2 --prompt 512 --gen 64
+    python benchmarks/peers.py --threads 2 --prompt 512,2048 --gen 64 --depth 0,4096 --batch 16
 
 Both engines are loaded once; every round measures ours and theirs in turn, so that both see the
 same disturbances. The weights of the peer are requantised from the same file (Q4_0 for int4, Q8_0
@@ -61,13 +61,16 @@ def peer_file(source: Path, weights: str) -> Path:
 class Peer:
     """llama.cpp through its C API, without the Python layer's copies of the logits."""
 
-    def __init__(self, path: Path, threads: int, context: int) -> None:
+    def __init__(self, path: Path, threads: int, context: int, sequences: int) -> None:
+        """`context` tokens for one sequence, or shared by `sequences` of them."""
         llama_cpp.llama_backend_init()
         model_params = llama_cpp.llama_model_default_params()
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = context
         params.n_batch = params.n_ubatch = 512
+        params.n_seq_max = sequences
+        params.kv_unified = True
         params.n_threads = params.n_threads_batch = threads
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
@@ -105,6 +108,30 @@ class Peer:
             token = int(np.ctypeslib.as_array(logits, shape=(self.vocab,)).argmax())
         return time.perf_counter() - begin
 
+    def batch_seconds(self, tokens: int, sequences: int) -> float:
+        """`tokens` steps of that many sequences together, from an empty cache."""
+        self._clear()
+        batch = llama_cpp.llama_batch_init(sequences, 0, 1)
+        batch.n_tokens = sequences
+        ids = np.random.default_rng(0).integers(0, self.vocab, sequences).tolist()
+        begin = time.perf_counter()
+        for position in range(tokens):
+            for i in range(sequences):
+                batch.token[i] = ids[i]
+                batch.pos[i] = position
+                batch.n_seq_id[i] = 1
+                batch.seq_id[i][0] = i
+                batch.logits[i] = 1
+            status = llama_cpp.llama_decode(self.context, batch)
+            if status != 0:
+                sys.exit(f"peers.py: llama_decode failed with {status}")
+            for i in range(sequences):
+                logits = llama_cpp.llama_get_logits_ith(self.context, i)
+                ids[i] = int(np.ctypeslib.as_array(logits, shape=(self.vocab,)).argmax())
+        seconds = time.perf_counter() - begin
+        llama_cpp.llama_batch_free(batch)
+        return seconds
+
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
@@ -116,6 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt", default="512", help="prompt lengths, e.g. 512,2048")
     parser.add_argument("--gen", type=int, default=64, help="tokens generated per decode case")
     parser.add_argument("--depth", default="0", help="cache depths of the decode, e.g. 0,4096")
+    parser.add_argument("--batch", default="", help="sequences decoded together, e.g. 4,16")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", action="store_true", help="write benchmarks/results/peers-*.json")
     options = parser.parse_args(argv)
@@ -125,8 +153,10 @@ def main(argv: list[str] | None = None) -> None:
     ours = Benchmark(llm)
     prompts = [int(n) for n in options.prompt.split(",")]
     depths = [int(n) for n in options.depth.split(",")]
-    longest = max(*prompts, max(depths) + options.gen, 1) + 64
-    theirs = Peer(peer_file(path, options.weights), options.threads, longest)
+    batches = [int(n) for n in options.batch.split(",") if n]
+    most = max(batches, default=1)
+    longest = max(*prompts, max(depths) + options.gen, most * options.gen) + 64
+    theirs = Peer(peer_file(path, options.weights), options.threads, longest, most)
 
     cases: list[tuple[str, Any, Any, int]] = [
         (
@@ -145,6 +175,15 @@ def main(argv: list[str] | None = None) -> None:
             options.gen,
         )
         for d in depths
+    ]
+    cases += [
+        (
+            f"decode {options.gen}, batch {b}",
+            lambda b=b: ours.decode_seconds(options.gen, 0, b),
+            lambda b=b: theirs.batch_seconds(options.gen, b),
+            options.gen * b,
+        )
+        for b in batches
     ]
     rows = []
     peer_name = f"llama.cpp {PEER_TYPES[options.weights]}"
