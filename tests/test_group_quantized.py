@@ -238,3 +238,32 @@ def test_refuses_a_matrix_that_is_there_twice(tmp_path: Path) -> None:
     folder = Folder(tmp_path, "gptq")
     folder.parts[f"{STEM}.weight"] = torch.zeros(128, 256)
     refused(folder, "has both a weight and a qweight")
+
+
+def test_the_fused_projection_of_qwen1_is_split(golden: Path, tmp_path: Path) -> None:
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / file).write_bytes((golden / "qwen1-tiny" / file).read_bytes())
+    state = load_file(tmp_path / "model.safetensors")
+    stem = "transformer.h.1.attn.c_attn"
+    outputs, inputs = state.pop(f"{stem}.weight").shape
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 16, (inputs, outputs))
+    groups = inputs // 32
+    scales = rng.uniform(0.01, 0.03, (groups, outputs)).astype(np.float16)
+    zeros = np.full((groups, outputs), 7)
+    state |= {
+        f"{stem}.qweight": pack_words(codes.T, 4, list(range(8))).T.contiguous(),
+        f"{stem}.qzeros": pack_words(zeros, 4, list(range(8))),
+        f"{stem}.scales": torch.from_numpy(scales),
+    }
+    save_file(state, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    expected = ((codes - 8) * scales.astype(np.float32).repeat(32, axis=0)).T
+    tensors = open_checkpoint(tmp_path).tensors
+    for i, part in enumerate("qkv"):
+        source = tensors[f"model.layers.1.self_attn.{part}_proj.weight"]
+        values = ops.decode_source(source.data, source.dtype, (source.shape[0], source.shape[1]))
+        rows = slice(i * outputs // 3, (i + 1) * outputs // 3)
+        np.testing.assert_array_equal(values, expected[rows])
