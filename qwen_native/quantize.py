@@ -4,7 +4,9 @@ The layers run one after the other on a calibration text, with the weights alrea
 of them. For each matrix the second moments H = X^T X of its inputs X are collected and its columns
 are rounded in turn, the loudest first, each error compensated in the columns not rounded yet so
 that the output X W^T changes least (GPTQ, arXiv 2210.17323). Scales and mins of the groups of 32
-columns stay those that `ops.pack_weight` finds.
+columns stay those that `ops.pack_weight` finds. Before that, loud inputs are made quieter where
+this lowers the error: their factors move into the norm or the up_proj in front (AWQ, arXiv
+2306.00978).
 
 What the rounding costs is measured on text that it has not seen, against the source in float32, and
 goes into the packed file as a receipt. When a KL budget is given and not met, the matrices whose
@@ -13,6 +15,7 @@ outputs suffer most per byte get 8 bits until it is.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import tempfile
@@ -39,6 +42,9 @@ WINDOW = 512
 
 _GROUP, _PANEL, _HEADER_BYTES, _BLOCK_BYTES = 32, 32, 384, 576  # csrc/kernels/quant_layout.h
 _DAMPING = 0.01  # of the mean second moment, added to all of them
+_EXPONENTS = (0.25, 0.5)  # of the inputs' rms, tried as factors
+_LARGEST_FACTOR = 16.0
+_TRIAL_ROWS = 256
 _BLOCK_COLUMNS = 64  # rounded before the rest of the row is compensated
 _ROWS_AT_ONCE = 16384
 _PAGE_TOKENS = 32
@@ -140,6 +146,18 @@ class _Grid:
         """[panels, groups, 32] to [rows, groups]."""
         return values.transpose(0, 2, 1).reshape(-1, self._groups)[: self._rows]
 
+    def with_rows_divided(self, factors: Floats) -> ops.PackedWeight:
+        """The matrix with each row divided by its factor; the codes stay."""
+        divisor = np.ones(self._panels * _PANEL, np.float32)
+        divisor[: self._rows] = factors
+        header = self._header.view(np.float32).reshape(self._panels, 3, _PANEL)
+        header /= divisor.reshape(self._panels, 1, _PANEL)
+        return self._joined()
+
+    def _joined(self) -> ops.PackedWeight:
+        data = np.concatenate([self._header, self._blocks.reshape(self._panels, -1)], axis=1)
+        return ops.PackedWeight(data.reshape(-1), "int4", self._rows, self._cols)
+
     def columns(self, rows: slice, order: npt.NDArray[np.intp]) -> tuple[Floats, Floats]:
         """Scales and mins [cols, rows] of the columns in this order."""
         groups = order // _GROUP
@@ -161,8 +179,7 @@ class _Grid:
         # [panel, group, half, dword, row, byte]
         low, high = (nibbles[..., i, :].transpose(0, 3, 1, 4, 2, 5) for i in (0, 1))
         self._blocks[..., 64:] = (low | high << 4).reshape(self._panels, self._groups, 512)
-        data = np.concatenate([self._header, self._blocks.reshape(self._panels, -1)], axis=1)
-        return ops.PackedWeight(data.reshape(-1), "int4", self._rows, self._cols)
+        return self._joined()
 
 
 @dataclass
@@ -173,10 +190,20 @@ class _Matrix:
         packed: what runs.
         error: relative error of its outputs on the calibration text, ||X dW|| / ||X W||; of the
             embedding, whose outputs are its rows, ||dW|| / ||W||.
+        columns: [cols], what the source's columns were multiplied by.
+        rows: [rows], what its rows were divided by.
     """
 
     packed: ops.PackedWeight
     error: float
+    columns: Floats | None = None
+    rows: Floats | None = None
+
+    def of_source(self, weight: Floats) -> Floats:
+        """The unrounded matrix that `packed` stands for."""
+        if self.columns is not None:
+            weight = weight * self.columns
+        return weight if self.rows is None else weight / self.rows[:, None]
 
 
 class _Calibrator:
@@ -186,6 +213,7 @@ class _Calibrator:
         self._checkpoint, self._config = checkpoint, checkpoint.config
         self._count, self._length = windows.shape
         self.matrices: dict[str, _Matrix] = {}
+        self.norms: dict[str, Floats] = {}  # those that took factors
         ids = np.ascontiguousarray(windows.reshape(-1))
         self._x = self._embedded(ids)
         cos, sin = _rope_table(self._config, self._length)
@@ -210,28 +238,78 @@ class _Calibrator:
     def _vector(self, name: str) -> Floats | None:
         return self._dense(name) if name in self._checkpoint.tensors else None
 
-    def _linear(self, stem: str, parts: Sequence[str], x: Floats) -> Floats:
-        """Round the matrices that take x, then run them."""
+    def _linear(
+        self,
+        stem: str,
+        parts: Sequence[str],
+        x: Floats,
+        divide_source: Callable[[Floats], None] | None = None,
+    ) -> Floats:
+        """Round the matrices that take x, then run them.
+
+        `divide_source`, if given, makes what gives x give x / factors from now on.
+        """
         moments = x.T @ x
         names = [f"{stem}{part}" for part in parts]
+        factors = None
+        if divide_source is not None:
+            factors = self._factors([f"{name}.weight" for name in names], moments)
+        if factors is not None and divide_source is not None:
+            divide_source(factors)
+            x = x / factors
+            moments /= np.outer(factors, factors)
         for name in names:
-            self.matrices[f"{name}.weight"] = self._rounded(f"{name}.weight", moments)
+            self.matrices[f"{name}.weight"] = self._rounded(f"{name}.weight", moments, factors)
         packed = [self.matrices[f"{name}.weight"].packed for name in names]
         biases = [self._vector(f"{name}.bias") for name in names]
         result: Floats = ops.linear(x, packed, biases, invariant=True)
         return result
 
-    def _rounded(self, name: str, moments: Floats) -> _Matrix:
+    def _is_rounded(self, name: str) -> bool:
+        return _C.chosen_format("int4", self._checkpoint.tensors[name].dtype) == "int4"
+
+    def _factors(self, names: Sequence[str], moments: Floats) -> Floats | None:
+        """[cols], what to multiply columns by so that rounding costs least; None for nothing."""
+        if not all(self._is_rounded(name) for name in names):
+            return None
+        weight = np.concatenate([self._dense(name) for name in names])
+        weight = weight[:: -(-len(weight) // _TRIAL_ROWS)]
+        rms = np.sqrt(np.diagonal(moments))
+        if not np.isfinite(rms).all() or not rms.any():
+            return None
+        rms = np.maximum(rms, rms.max() * 1e-6)
+        best = None
+        least = _output_power(ops.unpack_weight(_as_packed(weight)) - weight, moments)
+        for exponent in _EXPONENTS:
+            factors = rms**exponent
+            factors /= np.exp(np.mean(np.log(factors)))
+            factors = np.clip(factors, 1 / _LARGEST_FACTOR, _LARGEST_FACTOR).astype(np.float32)
+            trial = ops.unpack_weight(_as_packed(weight * factors)) / factors
+            power = _output_power(trial - weight, moments)
+            if power < least:
+                best, least = factors, power
+        return best
+
+    def _rounded(self, name: str, moments: Floats, factors: Floats | None = None) -> _Matrix:
         source = self._checkpoint.tensors[name]
         weight = self._dense(name)
-        if _C.chosen_format("int4", source.dtype) == "int4":
+        if factors is not None:
+            weight *= factors
+        if self._is_rounded(name):
             packed = gptq_round(weight, moments) if len(moments) else _as_packed(weight)
         else:  # the source has 4 bits itself and is held exactly
             packed = ops.pack_weight(source.data, source.dtype, weight.shape, "int4_symmetric")
         difference = ops.unpack_weight(packed) - weight
         power = _output_power(weight, moments)
         error = math.sqrt(_output_power(difference, moments) / power) if power > 0 else 0.0
-        return _Matrix(packed, error)
+        return _Matrix(packed, error, factors)
+
+    def _divide_norm(self, name: str, factors: Floats) -> None:
+        self.norms[name] = self._dense(name) / factors
+
+    def _divide_up(self, name: str, factors: Floats) -> None:
+        up = self.matrices[name]
+        up.packed, up.rows = _Grid(up.packed).with_rows_divided(factors), factors
 
     def run(self, progress: Progress | None) -> None:
         """Round all layers and the head."""
@@ -246,10 +324,13 @@ class _Calibrator:
             attended = self._attention(i, h)
             x += self._linear(f"{stem}self_attn.", ["o_proj"], attended)
             h = ops.rms_norm(x, self._dense(f"{stem}post_attention_layernorm.weight"), eps)
-            both = self._linear(f"{stem}mlp.", ["gate_proj", "up_proj"], h)
+            divide = functools.partial(self._divide_norm, f"{stem}post_attention_layernorm.weight")
+            both = self._linear(f"{stem}mlp.", ["gate_proj", "up_proj"], h, divide)
             gate, up = np.split(both, 2, axis=1)
             inner = ops.swiglu(np.ascontiguousarray(gate), np.ascontiguousarray(up))
-            x += self._linear(f"{stem}mlp.", ["down_proj"], inner)
+            divide = functools.partial(self._divide_up, f"{stem}mlp.up_proj.weight")
+            scalable = self._is_rounded(f"{stem}mlp.up_proj.weight")
+            x += self._linear(f"{stem}mlp.", ["down_proj"], inner, divide if scalable else None)
         head = "lm_head" if "lm_head.weight" in self._checkpoint.tensors else "model.embed_tokens"
         h = ops.rms_norm(x, self._dense("model.norm.weight"), eps)
         self.matrices[f"{head}.weight"] = self._rounded(f"{head}.weight", h.T @ h)
@@ -259,7 +340,10 @@ class _Calibrator:
     def _attention(self, layer: int, h: Floats) -> Floats:
         config, tokens = self._config, len(h)
         stem = f"model.layers.{layer}.self_attn."
-        qkv = self._linear(stem, ["q_proj", "k_proj", "v_proj"], h)
+        divide = functools.partial(
+            self._divide_norm, f"model.layers.{layer}.input_layernorm.weight"
+        )
+        qkv = self._linear(stem, ["q_proj", "k_proj", "v_proj"], h, divide)
         heads = qkv.reshape(tokens, -1, config.head_dim)
         first, second = config.num_heads, config.num_heads + config.num_kv_heads
         q, k, v = (np.ascontiguousarray(part) for part in np.split(heads, [first, second], axis=1))
@@ -515,9 +599,9 @@ def quantize(
         calibrator.run(progress)
     finally:
         _C.set_op_threads(before)
-    packer = _Packer(checkpoint, calibrator.matrices, out)
+    packer = _Packer(checkpoint, calibrator.matrices, calibrator.norms)
     facts = {
-        "method": "GPTQ, groups of 32, static scales, activation order",
+        "method": "AWQ factors in norms and up_proj; GPTQ, groups of 32, activation order",
         "source": path.name,
         "text": sample.name,
         "calibration_tokens": int(calibration.size),
@@ -575,8 +659,13 @@ def _fewest(
 class _Packer:
     """Writes the packed file with some matrices at 8 bits."""
 
-    def __init__(self, checkpoint: Checkpoint, matrices: Mapping[str, _Matrix], out: Path) -> None:
-        self._checkpoint, self._matrices, self._out = checkpoint, matrices, out
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        matrices: Mapping[str, _Matrix],
+        norms: Mapping[str, Floats],
+    ) -> None:
+        self._checkpoint, self._matrices, self._norms = checkpoint, matrices, norms
         # Those of one layer that take the same input go together, by error per byte.
         units: dict[str, list[str]] = {}
         for name in matrices:
@@ -617,18 +706,20 @@ class _Packer:
 
     def _tensors(self, wide: set[str]) -> Iterator[PackedTensor]:
         for name, source in self._checkpoint.tensors.items():
-            if name in self._matrices and name not in wide:
-                yield PackedTensor.of(name, self._matrices[name].packed)
-                continue
-            shape = source.shape if len(source.shape) == 2 else (1, source.shape[0])
-            two = (shape[0], shape[1])
-            if _C.is_vector(name):
-                values = ops.decode_source(source.data, source.dtype, two)
-                yield PackedTensor.of(name, values.reshape(source.shape))
+            matrix = self._matrices.get(name)
+            if matrix is not None and name not in wide:
+                yield PackedTensor.of(name, matrix.packed)
+            elif name in self._norms:
+                yield PackedTensor.of(name, self._norms[name])
             else:
-                format = "int8" if name in wide else _C.chosen_format("int4", source.dtype)
-                packed = ops.pack_weight(source.data, source.dtype, two, format)
-                yield PackedTensor.of(name, packed)
+                shape = source.shape if len(source.shape) == 2 else (1, source.shape[0])
+                values = ops.decode_source(source.data, source.dtype, (shape[0], shape[1]))
+                if matrix is None:
+                    yield PackedTensor.of(name, values.reshape(source.shape))
+                else:
+                    data = matrix.of_source(values).reshape(-1).view(np.uint8)
+                    packed = ops.pack_weight(data, "F32", (shape[0], shape[1]), "int8")
+                    yield PackedTensor.of(name, packed)
 
 
 def _unit(name: str) -> str:
