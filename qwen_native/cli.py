@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         "default: the source code and the language reference of Python's library",
     )
     quantize.add_argument(
-        "--tokens", type=int, default=8192, help="most tokens to calibrate on (default 8192)"
+        "--tokens", type=int, default=16384, help="most tokens to calibrate on (default 16384)"
     )
     quantize.add_argument(
         "--kl-budget",
