@@ -133,14 +133,12 @@ struct KvAppendArgs {
 /// Query rows of one item at most. A row is one head of one token; rows that share a kv head are
 /// numbered token * (heads per kv head) + head within the group.
 constexpr int kAttentionRows = 32;
-/// The keys of a row are cut at the multiples of this; softmax is taken inside a part, parts are
+/// The keys of a row are cut at the multiples of this into parts that can be computed apart and are
 /// then merged in order.
-constexpr int kAttentionPart = 256;
+constexpr int kAttentionPart = 1024;
 constexpr int kAttentionMaxHeadDim = 256;
 /// Scratch of one thread.
-constexpr int64_t kAttentionScratchBytes =
-    kAttentionRows *
-    (4 * (kAttentionPart + 16) + 2 * kAttentionPart + 12 * kAttentionMaxHeadDim + 64);
+constexpr int64_t kAttentionScratchBytes = kAttentionRows * (16 * kAttentionMaxHeadDim + 2048);
 
 /// Rows of one sequence and kv head against a range of parts.
 struct AttentionItem {
@@ -152,7 +150,8 @@ struct AttentionItem {
   int32_t kv_head;
   int32_t part_begin, part_end;
   /// Null: the item has all parts and writes out. Else each part leaves its rows' unnormalised
-  /// outputs, maxima and sums, [rows, head_dim] and twice [kAttentionRows], for attention_merge.
+  /// outputs, maxima and sums, [rows, head_dim] and twice [kAttentionRows], for
+  /// attention_merge.
   float* partial;
   int64_t partial_stride;  // floats between parts
 };

@@ -3,16 +3,19 @@
 //   q, out [tokens, num_heads, head_dim] f32; pages f32 or bf16 (layouts: KvGeometry in args.h)
 //   item: up to 32 query rows (tokens x heads) that share a kv head, against a range of parts
 //
-// A part is 256 keys, cut at absolute positions. Inside it a row takes all its scores, their
-// maximum m, p = exp(s - m), l = sum(p) and o = p v; the parts' (m, l, o) are merged in ascending
-// order. Decode computes parts in parallel and merges them afterwards, prefill merges as it goes:
-// the arithmetic is the same, and no row's depends on its neighbours. Keys that a row may not see
-// get the score -inf and thus add an exact zero, so it does not matter which keys an item covers
-// beyond those that its rows see.
+// Scores are scaled by scale log2(e) and thus exponents of two. A row takes its keys in blocks of
+// 128, cut at absolute positions, with an online softmax: o = o 2^(m - m') + p v,
+// l = l 2^(m - m') + sum(p), p = 2^(s - m'), where m' >= m and no s is greater. Every
+// kAttentionPart keys m, l and o start afresh, and the parts are merged in ascending order. Decode
+// computes parts in parallel and merges them afterwards, prefill merges as it goes: the arithmetic
+// is the same, and no row's depends on its neighbours. Keys that a row may not see get the score
+// -inf and thus add an exact zero, so it does not matter which keys an item covers beyond those
+// that its rows see.
 //
 //   accumulation: float32 throughout; level amx with bf16 pages rounds q and p to bf16 and
-//   multiplies with tiles (2 x 2 accumulators), everything else multiplies with fma on widened
-//   pages bytes per item and key: 2 * head_dim * sizeof(T), read from the cache once for all rows
+//   multiplies with tiles (2 x 2 accumulators); everything else multiplies with fma on widened
+//   pages
+//   bytes per item and key: 2 * head_dim * sizeof(T), read from the cache once for all rows
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/vec.h"
 #if QN_ISA_LEVEL >= 3
@@ -22,95 +25,190 @@
 namespace qn::cpu::QN_ISA {
 namespace {
 
-constexpr int kGroup = 32;  // keys; a group never crosses a page
-constexpr int kGroups = kAttentionPart / kGroup;
-constexpr int kScoreStride = kAttentionPart + 16;  // 1 KB apart, rows would compete for cache sets
+constexpr int kGroup = 32;   // keys; a group never crosses a page
+constexpr int kBlock = 128;  // keys
+constexpr int kGroups = kBlock / kGroup;
+constexpr int kScoreStride = kBlock + 16;  // 512 B apart, rows would compete for cache sets
 constexpr float kMinusInfinity = -__builtin_inff();
+static_assert(kAttentionPart % kBlock == 0);
 
 /// Unnormalised result of a part, or of all parts so far.
 struct Partial {
   float* out;  // [rows, head_dim]
-  float* max;  // [rows]
+  float* max;  // [rows], m
   float* sum;  // [rows]
 };
 
+/// A part's online softmax.
+struct Softmax {
+  float sums[kAttentionRows * Vec::kLanes];  // l, spread over the lanes
+  float max[kAttentionRows];                 // m
+  float rescale[kAttentionRows];  // what the latest block asks the rows of out to be multiplied by
+  bool any_rescale;
+};
+
 struct alignas(64) Scratch {
-  float scores[kAttentionRows * kScoreStride];
-  bf16 probs[kAttentionRows * kAttentionPart];
+  float scores[2][kAttentionRows * kScoreStride];
+  bf16 probs[2][kAttentionRows * kBlock];
   float query[kAttentionRows * kAttentionMaxHeadDim];
   float total_out[kAttentionRows * kAttentionMaxHeadDim];
-  float part_out[kAttentionRows * kAttentionMaxHeadDim];
+  float part_out[2][kAttentionRows * kAttentionMaxHeadDim];
+  Softmax softmax[2];
   float total_max[kAttentionRows], total_sum[kAttentionRows];
-  float part_max[kAttentionRows], part_sum[kAttentionRows];
-  float scale[kAttentionRows];
+  float scale[kAttentionRows][Vec::kLanes];  // where q is not scaled itself
+  float part_sum[kAttentionRows];
   int64_t keys_begin[kAttentionRows], keys_end[kAttentionRows];  // positions that a row sees
 };
 static_assert(sizeof(Scratch) <= kAttentionScratchBytes, "ops reserve too little");
 
-/// The groups [begin, end) of a part that an item's rows need.
-struct Part {
-  int64_t first_key;
-  int begin, end;
+/// The groups of a block that an item's rows need.
+struct Block {
+  int64_t first_key;  // of the first group
+  int groups;
+  bool visible_to_all;
+  bool starts_part, ends_part;
   const char* keys[kGroups];
   const char* values[kGroups];
 };
 
-Part locate(const AttentionArgs& a, const AttentionItem& item, const Scratch& s, int64_t index) {
-  Part part;
-  part.first_key = index * kAttentionPart;
-  const auto group_of = [&](int64_t key) {
-    const int64_t group = (key - part.first_key) / kGroup;
-    return static_cast<int>(group < 0 ? 0 : group < kGroups ? group : kGroups);
-  };
-  part.begin = group_of(s.keys_begin[0]);
-  part.end = group_of(s.keys_end[item.rows - 1] + kGroup - 1);
+/// The blocks [begin, end) that an item needs, numbered from the start of the sequence.
+struct BlockRange {
+  int64_t begin, end;
+};
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
+
+BlockRange blocks_of(const AttentionItem& item, const Scratch& s) {
+  constexpr int64_t kPerPart = kAttentionPart / kBlock;
+  return {greatest(item.part_begin * kPerPart, s.keys_begin[0] / kBlock),
+          least(item.part_end * kPerPart, (s.keys_end[item.rows - 1] + kBlock - 1) / kBlock)};
+}
+
+Block locate(const AttentionArgs& a, const AttentionItem& item, const Scratch& s,
+             const BlockRange& range, int64_t index) {
+  constexpr int64_t kPerPart = kAttentionPart / kBlock;
+  const int64_t begin = greatest(index * kGroups, s.keys_begin[0] / kGroup);
+  const int64_t end =
+      least((index + 1) * kGroups, (s.keys_end[item.rows - 1] + kGroup - 1) / kGroup);
+  Block block;
+  block.first_key = begin * kGroup;
+  block.groups = static_cast<int>(end - begin);
+  block.starts_part = index == range.begin || index % kPerPart == 0;
+  block.ends_part = index + 1 == range.end || (index + 1) % kPerPart == 0;
+  block.visible_to_all = block.first_key >= s.keys_begin[item.rows - 1] &&
+                         block.first_key + block.groups * kGroup <= s.keys_end[0];
   const int64_t value_bytes =
       a.kv.head_dim * (a.kv.dtype == DType::F32 ? 4 : 2);  // of one key, in either layout
-  for (int g = part.begin; g < part.end; ++g) {
-    const int64_t key = part.first_key + g * kGroup;
+  for (int g = 0; g < block.groups; ++g) {
+    const int64_t key = block.first_key + g * kGroup;
     const int64_t slot = key % a.kv.page_tokens;
     const char* head = a.base + item.page_table[key / a.kv.page_tokens] * a.page_stride +
                        item.kv_head * a.kv.head_bytes;
-    part.keys[g] = head + slot * 4;
-    part.values[g] = head + a.kv.value_offset + slot * value_bytes;
+    block.keys[g] = head + slot * 4;
+    block.values[g] = head + a.kv.value_offset + slot * value_bytes;
   }
-  return part;
+  return block;
 }
 
 /// Scores outside [keys_begin, keys_end) become -inf.
-void mask_row(const Part& part, int64_t keys_begin, int64_t keys_end, float* scores) {
-  const int begin = part.begin * kGroup, end = part.end * kGroup;
-  const int64_t first = keys_begin - part.first_key, last = keys_end - part.first_key;
-  for (int key = begin; key < end && key < first; ++key) scores[key] = kMinusInfinity;
-  for (int key = last > begin ? static_cast<int>(last) : begin; key < end; ++key) {
-    scores[key] = kMinusInfinity;
+void mask_row(const Block& block, int64_t keys_begin, int64_t keys_end, float* scores) {
+  const int64_t count = block.groups * kGroup;
+  const int64_t first = keys_begin - block.first_key, last = keys_end - block.first_key;
+  for (int64_t key = 0; key < first && key < count; ++key) scores[key] = kMinusInfinity;
+  for (int64_t key = greatest(last, 0); key < count; ++key) scores[key] = kMinusInfinity;
+}
+
+/// Raises m of a row to `top`, and scales what was summed under the old one.
+__attribute__((noinline)) void raise_max(Softmax& softmax, int row, float top) {
+  const float old = softmax.max[row];
+  softmax.max[row] = top;
+  if (old == kMinusInfinity) return;  // nothing but zeros was summed
+  const Vec factor = exp2(Vec(old - top));
+  float lanes[Vec::kLanes];
+  factor.store(lanes);
+  softmax.rescale[row] = lanes[0];
+  softmax.any_rescale = true;
+  float* sums = softmax.sums + row * Vec::kLanes;
+  (Vec::load(sums) * factor).store(sums);
+}
+
+/// Turns a row's scores of one block into probabilities. `Path` computes, sums and stores them.
+template <typename Path, int G>
+QN_INLINE void softmax_row(Softmax& softmax, const float* scores, int row,
+                           typename Path::Prob* probs) {
+  Vec x[2 * G];
+  for (int i = 0; i < 2 * G; ++i) x[i] = Vec::load(scores + i * Vec::kLanes);
+  Vec top[G];
+  for (int g = 0; g < G; ++g) top[g] = max(x[2 * g], x[2 * g + 1]);
+  for (int g = 1; g < G; ++g) top[0] = max(top[0], top[g]);
+  if (any_above(top[0], Vec(softmax.max[row]))) {
+    raise_max(softmax, row, max(top[0]) + Path::kHeadroom);
+  }
+  const Vec m(softmax.max[row] == kMinusInfinity ? 0.0f : softmax.max[row]);
+  float* sums = softmax.sums + row * Vec::kLanes;
+  Vec total = Vec::load(sums);
+  for (int g = 0; g < G; ++g) {
+    const Vec low = Path::prob(x[2 * g] - m), high = Path::prob(x[2 * g + 1] - m);
+    total = Path::add_and_store(total, low, high, probs + g * Path::kProbStride);
+  }
+  total.store(sums);
+}
+
+template <typename Path>
+QN_INLINE void softmax_row(const Block& block, Softmax& softmax, const Scratch& s, float* scores,
+                           int row, typename Path::Prob* probs) {
+  if (!block.visible_to_all) mask_row(block, s.keys_begin[row], s.keys_end[row], scores);
+  switch (block.groups) {
+    case 1:
+      return softmax_row<Path, 1>(softmax, scores, row, probs);
+    case 2:
+      return softmax_row<Path, 2>(softmax, scores, row, probs);
+    case 3:
+      return softmax_row<Path, 3>(softmax, scores, row, probs);
+    default:
+      static_assert(kGroups == 4);
+      return softmax_row<Path, 4>(softmax, scores, row, probs);
   }
 }
 
-float max_score(const Part& part, const float* scores) {
-  Vec low(kMinusInfinity), high(kMinusInfinity);
-  for (int key = part.begin * kGroup; key < part.end * kGroup; key += kGroup) {
-    low = max(low, Vec::load(scores + key));
-    high = max(high, Vec::load(scores + key + Vec::kLanes));
+void start_part(Softmax& softmax, int rows) {
+  memset(softmax.sums, 0, static_cast<size_t>(rows) * Vec::kLanes * sizeof(float));
+  for (int r = 0; r < rows; ++r) softmax.max[r] = kMinusInfinity;
+}
+
+void start_block(Softmax& softmax, int rows) {
+  for (int r = 0; r < rows; ++r) softmax.rescale[r] = 1.0f;
+  softmax.any_rescale = false;
+}
+
+void rescale_rows(const Softmax& softmax, int rows, int64_t head_dim, float* out) {
+  if (!softmax.any_rescale) return;
+  for (int r = 0; r < rows; ++r, out += head_dim) {
+    if (softmax.rescale[r] == 1.0f) continue;
+    const Vec factor(softmax.rescale[r]);
+    for (int64_t dim = 0; dim < head_dim; dim += Vec::kLanes) {
+      (Vec::load(out + dim) * factor).store(out + dim);
+    }
   }
-  return max(max(low, high));
 }
 
 /// total = total merged with part. A row that sees nothing on one side keeps the other unchanged.
 __attribute__((noinline)) void merge(const Partial& total, const Partial& part, int64_t rows,
                                      int64_t head_dim) {
   for (int64_t r = 0; r < rows; ++r) {
-    if (part.max[r] == kMinusInfinity) continue;
+    if (part.sum[r] == 0) continue;
     float* out = total.out + r * head_dim;
     const float* more = part.out + r * head_dim;
-    if (total.max[r] == kMinusInfinity) {
+    if (total.sum[r] == 0) {
       memcpy(out, more, static_cast<size_t>(head_dim) * sizeof(float));
       total.max[r] = part.max[r];
       total.sum[r] = part.sum[r];
       continue;
     }
-    const float top = total.max[r] > part.max[r] ? total.max[r] : part.max[r];
-    const Vec old_factor = exp(Vec(total.max[r] - top)), new_factor = exp(Vec(part.max[r] - top));
+    const float old = total.max[r], added = part.max[r];
+    const float top = old > added ? old : added;
+    const Vec old_factor = exp2(Vec(old - top)), new_factor = exp2(Vec(added - top));
     for (int64_t dim = 0; dim < head_dim; dim += Vec::kLanes) {
       fma(Vec::load(out + dim), old_factor, Vec::load(more + dim) * new_factor).store(out + dim);
     }
@@ -132,6 +230,35 @@ void write_out(const AttentionArgs& a, const AttentionItem& item, const Partial&
     }
   }
 }
+
+/// Where the parts of an item leave their results.
+struct PartResults {
+  const AttentionArgs& args;
+  const AttentionItem& item;
+  Scratch& s;
+
+  /// Unnormalised outputs of the part that the block belongs to.
+  float* out(const Block& block) const {
+    const int64_t part = block.first_key / kAttentionPart;
+    return item.partial != nullptr ? item.partial + (part - item.part_begin) * item.partial_stride
+                                   : s.part_out[part % 2];
+  }
+
+  /// Takes the sums of the part that ends with the block, whose out is complete.
+  void finish(const Block& block, const Softmax& softmax) const {
+    const int64_t head_dim = args.kv.head_dim;
+    float* const result = out(block);
+    float* const sums =
+        item.partial != nullptr ? result + item.rows * head_dim + kAttentionRows : s.part_sum;
+    for (int r = 0; r < item.rows; ++r) sums[r] = sum(Vec::load(softmax.sums + r * Vec::kLanes));
+    if (item.partial != nullptr) {
+      memcpy(result + item.rows * head_dim, softmax.max, sizeof(softmax.max));
+    } else {
+      float* const max = const_cast<float*>(softmax.max);
+      merge({s.total_out, s.total_max, s.total_sum}, {result, max, sums}, item.rows, head_dim);
+    }
+  }
+};
 
 /// c[r][0 .. 16 V) (+)= sum over i of a[r][i] * b[i][0 .. 16 V), i ascending. b_stride counts
 /// columns; the rows of a bf16 b come in interleaved pairs.
@@ -184,52 +311,84 @@ void multiply(int64_t rows, const float* a, int64_t a_stride, const T* b, int64_
 /// The path with fma.
 template <typename T>
 struct VecPath {
-  static void load_query(const float* q, int64_t head_dim, int row, const AttentionItem&,
-                         Scratch& s) {
-    memcpy(s.query + row * head_dim, q, static_cast<size_t>(head_dim) * sizeof(float));
+  using Prob = float;
+  static constexpr float kHeadroom = 0;
+  static constexpr int kProbStride = kGroup;
+
+  static QN_INLINE Vec prob(Vec exponent) { return exp2(exponent); }
+  static QN_INLINE Vec add_and_store(Vec total, Vec low, Vec high, float* probs) {
+    low.store(probs);
+    high.store(probs + Vec::kLanes);
+    return total + (low + high);
   }
 
-  static void run_part(const AttentionArgs& a, const AttentionItem& item, const Part& part,
-                       Scratch& s, const Partial& result) {
-    const int64_t head_dim = a.kv.head_dim;
-    constexpr int kStep = kVecs * Vec::kLanes;
-    constexpr int kInterleave = sizeof(T) == 2 ? 2 : 1;
-    for (int g = part.begin; g < part.end; ++g) {
-      const T* keys = reinterpret_cast<const T*>(part.keys[g]);
+  static void load_query(const float* q, Vec scale, int64_t head_dim, int row, const AttentionItem&,
+                         Scratch& s) {
+    memcpy(s.query + row * head_dim, q, static_cast<size_t>(head_dim) * sizeof(float));
+    scale.store(s.scale[row]);
+  }
+
+  static void run(const AttentionArgs& a, const AttentionItem& item, Scratch& s,
+                  const PartResults& results) {
+    const BlockRange range = blocks_of(item, s);
+    Softmax& softmax = s.softmax[0];
+    for (int64_t index = range.begin; index < range.end; ++index) {
+      const Block block = locate(a, item, s, range, index);
+      if (block.starts_part) start_part(softmax, item.rows);
+      start_block(softmax, item.rows);
+      multiply_keys(a, item, block, s);
+      for (int r = 0; r < item.rows; ++r) {
+        float* scores = s.scores[0] + r * kScoreStride;
+        scale_row(block, s.scale[r], scores);
+        softmax_row<VecPath>(block, softmax, s, scores, r, scores);
+      }
+      if (!block.starts_part) {
+        rescale_rows(softmax, item.rows, a.kv.head_dim, results.out(block));
+      }
+      multiply_values(a, item, block, s, results.out(block));
+      if (block.ends_part) results.finish(block, softmax);
+    }
+  }
+
+ private:
+  /// Rounds the scaled scores, so that the largest one differs from itself by an exact zero.
+  __attribute__((noinline)) static void scale_row(const Block& block, const float* scale,
+                                                  float* scores) {
+    for (int key = 0; key < block.groups * kGroup; key += Vec::kLanes) {
+      (Vec::load(scores + key) * Vec::load(scale)).store(scores + key);
+    }
+  }
+
+  static constexpr int kStep = kVecs * Vec::kLanes;
+  static constexpr int kInterleave = sizeof(T) == 2 ? 2 : 1;
+
+  static void multiply_keys(const AttentionArgs& a, const AttentionItem& item, const Block& block,
+                            Scratch& s) {
+    for (int g = 0; g < block.groups; ++g) {
+      const T* keys = reinterpret_cast<const T*>(block.keys[g]);
       for (int key = 0; key < kGroup; key += kStep) {
-        multiply<T, kVecs>(item.rows, s.query, head_dim, keys + key * kInterleave, a.kv.page_tokens,
-                           head_dim, s.scores + g * kGroup + key, kScoreStride, false);
+        multiply<T, kVecs>(item.rows, s.query, a.kv.head_dim, keys + key * kInterleave,
+                           a.kv.page_tokens, a.kv.head_dim, s.scores[0] + g * kGroup + key,
+                           kScoreStride, false);
       }
     }
-    for (int r = 0; r < item.rows; ++r) {
-      float* scores = s.scores + r * kScoreStride;
-      mask_row(part, s.keys_begin[r], s.keys_end[r], scores);
-      const Vec scale(s.scale[r]);
-      for (int key = part.begin * kGroup; key < part.end * kGroup; key += Vec::kLanes) {
-        (Vec::load(scores + key) * scale).store(scores + key);
-      }
-      result.max[r] = max_score(part, scores);
-      const Vec top(result.max[r] == kMinusInfinity ? 0.0f : result.max[r]);
-      Vec total = Vec::zero();
-      for (int key = part.begin * kGroup; key < part.end * kGroup; key += Vec::kLanes) {
-        const Vec p = exp(Vec::load(scores + key) - top);
-        p.store(scores + key);
-        total = total + p;
-      }
-      result.sum[r] = sum(total);
-    }
-    for (int g = part.begin; g < part.end; ++g) {
-      const T* values = reinterpret_cast<const T*>(part.values[g]);
-      const float* probs = s.scores + g * kGroup;
-      const bool accumulate = g > part.begin;
+  }
+
+  static void multiply_values(const AttentionArgs& a, const AttentionItem& item, const Block& block,
+                              const Scratch& s, float* out) {
+    const int64_t head_dim = a.kv.head_dim;
+    for (int g = 0; g < block.groups; ++g) {
+      const T* values = reinterpret_cast<const T*>(block.values[g]);
+      const float* probs = s.scores[0] + g * kGroup;
+      const bool accumulate = g > 0 || !block.starts_part;
       int64_t dim = 0;
       for (; dim + kStep <= head_dim; dim += kStep) {
         multiply<T, kVecs>(item.rows, probs, kScoreStride, values + dim * kInterleave, head_dim,
-                           kGroup, result.out + dim, head_dim, accumulate);
+                           kGroup, out + dim, head_dim, accumulate);
       }
       for (; dim < head_dim; dim += Vec::kLanes) {
         multiply<T, 1>(item.rows, probs, kScoreStride, values + dim * kInterleave, head_dim, kGroup,
-                       result.out + dim, head_dim, accumulate);
+                       out + dim, head_dim, accumulate);
       }
     }
   }
@@ -238,17 +397,44 @@ struct VecPath {
 #if QN_ISA_LEVEL >= 3
 /// The path with tiles, for bf16 pages. Tiles 0-3 accumulate, 4 and 5 hold 16 rows of queries or
 /// probabilities each, 6 and 7 come from the cache.
+///
+/// While the vector units turn block b into probabilities, the tiles multiply the keys of block
+/// b + 1 and the values of block b - 1: TileWork hands out these multiplications one by one.
 struct TilePath {
-  static constexpr int kDepth = 32;  // dims or keys of one multiplication
+  using Prob = bf16;
+  static constexpr float kHeadroom = 4;  // of m above the scores, so that it is seldom raised
+  static constexpr int kDepth = 32;      // dims or keys of one multiplication
+  static constexpr int kProbStride = kAttentionRows * kDepth;  // [group][row][32 keys]
+
+  /// To a relative 9e-5, far below the rounding to bf16; 0 from 2^-126 on down.
+  static QN_INLINE Vec prob(Vec exponent) {
+    const __m512 x = exponent.v;
+    const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    __m512 p = _mm512_set1_ps(7.7067073e-2f);
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.2764496e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9511679e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+    // A denormal result would cost forty times as much.
+    const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    return _mm512_maskz_scalef_ps(normal, p, x);
+  }
+  /// Sums what is multiplied with the values, the rounded probabilities.
+  static QN_INLINE Vec add_and_store(Vec total, Vec low, Vec high, bf16* probs) {
+    const __m512bh pairs = _mm512_cvtne2ps_pbh(high.v, low.v);
+    const __m512bh ones = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80));
+    _mm512_store_si512(probs, reinterpret_cast<__m512i>(pairs));
+    return _mm512_dpbf16_ps(total.v, pairs, ones);
+  }
 
   /// Packed [head_dim / 32][rows][32]; the last step is filled up with zeros.
-  static void load_query(const float* q, int64_t head_dim, int row, const AttentionItem& item,
-                         Scratch& s) {
+  static void load_query(const float* q, Vec scale, int64_t head_dim, int row,
+                         const AttentionItem& item, Scratch& s) {
     bf16* packed = reinterpret_cast<bf16*>(s.query) + row * kDepth;
     for (int64_t dim = 0; dim < head_dim; dim += kDepth) {
       bf16* step = packed + dim * item.rows;
-      Vec::load(q + dim).store(step);
-      (dim + 16 < head_dim ? Vec::load(q + dim + 16) : Vec::zero()).store(step + 16);
+      const Vec low = Vec::load(q + dim) * scale;
+      const Vec high = dim + 16 < head_dim ? Vec::load(q + dim + 16) * scale : Vec::zero();
+      _mm512_storeu_si512(step, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)));
     }
   }
 
@@ -265,139 +451,222 @@ struct TilePath {
     return config;
   }
 
-  /// c [rows, 16 N] = sum over steps of a[step] [rows, 32] * b[step] [16 pairs, 16 N]. Strides in
-  /// bytes.
+  static void run(const AttentionArgs& a, const AttentionItem& item, Scratch& s,
+                  const PartResults& results) {
+    item.rows > 16 ? run_tiles<2>(a, item, s, results) : run_tiles<1>(a, item, s, results);
+  }
+
+ private:
+  /// One of the four tile multiplications of c [16 M rows, 16 N] += a [rows, 32] * b [16 pairs,
+  /// 16 N], which are done in order.
   template <int M, int N>
-  static QN_INLINE void multiply(const char* a, int64_t a_step, const char* const* b,
-                                 int64_t b_offset, int64_t b_stride, int steps, float* c,
-                                 int64_t c_stride) {
+  static QN_INLINE void multiply_tile(int tile, const char* a, const char* b, int64_t b_stride) {
+    switch (tile) {
+      case 0:
+        _tile_loadd(4, a, 64);
+        _tile_loadd(6, b, b_stride);
+        _tile_dpbf16ps(0, 4, 6);
+        return;
+      case 1:
+        if constexpr (N > 1) {
+          _tile_loadd(7, b + 64, b_stride);
+          _tile_dpbf16ps(1, 4, 7);
+        }
+        return;
+      case 2:
+        if constexpr (M > 1) {
+          _tile_loadd(5, a + 16 * 64, 64);
+          _tile_dpbf16ps(2, 5, 6);
+        }
+        return;
+      default:
+        if constexpr (M > 1 && N > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+
+  template <int M, int N>
+  static QN_INLINE void zero_tiles() {
     _tile_zero(0);
     if constexpr (N > 1) _tile_zero(1);
     if constexpr (M > 1) _tile_zero(2);
     if constexpr (M > 1 && N > 1) _tile_zero(3);
-    for (int step = 0; step < steps; ++step, a += a_step) {
-      const char* source = b[step] + b_offset;
-      _tile_loadd(4, a, 64);
-      _tile_loadd(6, source, b_stride);
-      _tile_dpbf16ps(0, 4, 6);
-      if constexpr (N > 1) {
-        _tile_loadd(7, source + 64, b_stride);
-        _tile_dpbf16ps(1, 4, 7);
-      }
-      if constexpr (M > 1) {
-        _tile_loadd(5, a + 16 * 64, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        if constexpr (N > 1) _tile_dpbf16ps(3, 5, 7);
-      }
-    }
-    _tile_stored(0, c, c_stride);
-    if constexpr (N > 1) _tile_stored(1, c + 16, c_stride);
+  }
+
+  template <int M, int N>
+  static QN_INLINE void load_tiles(const float* c, int64_t stride) {
+    _tile_loadd(0, c, stride);
+    if constexpr (N > 1) _tile_loadd(1, c + 16, stride);
     if constexpr (M > 1) {
-      float* lower = c + 16 * (c_stride / 4);
-      _tile_stored(2, lower, c_stride);
-      if constexpr (N > 1) _tile_stored(3, lower + 16, c_stride);
+      _tile_loadd(2, c + 4 * stride, stride);
+      if constexpr (N > 1) _tile_loadd(3, c + 4 * stride + 16, stride);
     }
   }
 
-  /// 2^x for x <= 0 to a relative 4e-6, far below bf16's rounding of p; 0 from -126 on down.
-  static QN_INLINE __m512 exp2(__m512 x) {
-    const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 f = _mm512_sub_ps(x, n);
-    __m512 p = _mm512_set1_ps(9.6181291e-3f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504109e-2f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-    const __mmask16 visible = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-    return _mm512_maskz_scalef_ps(visible, p, n);
+  template <int M, int N>
+  static QN_INLINE void store_tiles(float* c, int64_t stride) {
+    _tile_stored(0, c, stride);
+    if constexpr (N > 1) _tile_stored(1, c + 16, stride);
+    if constexpr (M > 1) {
+      _tile_stored(2, c + 4 * stride, stride);
+      if constexpr (N > 1) _tile_stored(3, c + 4 * stride + 16, stride);
+    }
   }
+
+  /// scores = q k^T of one block, then out += p v of another one, in steps of a tile
+  /// multiplication.
+  template <int M>
+  class TileWork {
+   public:
+    TileWork(const AttentionArgs& a, const AttentionItem& item, const Scratch& s)
+        : query_(reinterpret_cast<const char*>(s.query)),
+          query_step_(item.rows * 64),
+          head_dim_(a.kv.head_dim),
+          key_stride_(a.kv.page_tokens * 4),
+          depth_(static_cast<int>((head_dim_ + kDepth - 1) / kDepth)) {}
+
+    void add_keys(const Block& block, float* scores) {
+      keys_ = &block;
+      scores_ = scores;
+      key_steps_ = block.groups * depth_ * kTiles;
+      key_group_ = key_depth_ = key_tile_ = 0;
+    }
+
+    void add_values(const Block& block, const bf16* probs, float* out) {
+      values_ = &block;
+      probs_ = reinterpret_cast<const char*>(probs);
+      out_ = out;
+      value_steps_ = block.groups * depth_ * kTiles;
+      value_group_ = value_tile_ = 0;
+      value_dim_ = 0;
+    }
+
+    int steps() const { return key_steps_ + value_steps_; }
+
+    /// Does steps until only `left` of them are left.
+    QN_INLINE void run_down_to(int left) {
+      while (key_steps_ + value_steps_ > left) {
+        if (key_steps_ > 0) {
+          key_step();
+          --key_steps_;
+        } else {
+          value_dim_ + 16 < head_dim_ ? value_step<2>() : value_step<1>();
+          --value_steps_;
+        }
+      }
+    }
+
+   private:
+    static constexpr int kTiles = 4;
+
+    QN_INLINE void key_step() {
+      if (key_depth_ == 0 && key_tile_ == 0) zero_tiles<M, 2>();
+      multiply_tile<M, 2>(key_tile_, query_ + key_depth_ * query_step_,
+                          keys_->keys[key_group_] + key_depth_ * 16 * key_stride_, key_stride_);
+      if (++key_tile_ < kTiles) return;
+      key_tile_ = 0;
+      if (++key_depth_ < depth_) return;
+      key_depth_ = 0;
+      store_tiles<M, 2>(scores_ + key_group_ * kGroup, kScoreStride * 4);
+      ++key_group_;
+    }
+
+    template <int N>
+    QN_INLINE void value_step() {
+      const int64_t stride = head_dim_ * 4;
+      if (value_group_ == 0 && value_tile_ == 0) {
+        values_->starts_part ? zero_tiles<M, N>() : load_tiles<M, N>(out_ + value_dim_, stride);
+      }
+      multiply_tile<M, N>(value_tile_, probs_ + value_group_ * kProbStride * 2,
+                          values_->values[value_group_] + value_dim_ * 4, stride);
+      if (++value_tile_ < kTiles) return;
+      value_tile_ = 0;
+      if (++value_group_ < values_->groups) return;
+      value_group_ = 0;
+      store_tiles<M, N>(out_ + value_dim_, stride);
+      value_dim_ += 32;
+    }
+
+    const char* query_;
+    int64_t query_step_, head_dim_, key_stride_;
+    int depth_;  // multiplications that head_dim takes
+
+    const Block* keys_ = nullptr;
+    float* scores_ = nullptr;
+    int key_steps_ = 0, key_group_ = 0, key_depth_ = 0, key_tile_ = 0;
+
+    const Block* values_ = nullptr;
+    const char* probs_ = nullptr;
+    float* out_ = nullptr;
+    int64_t value_dim_ = 0;
+    int value_steps_ = 0, value_group_ = 0, value_tile_ = 0;
+  };
 
   template <int M>
-  static void run_part(const AttentionArgs& a, const AttentionItem& item, const Part& part,
-                       Scratch& s, const Partial& result) {
-    const int64_t head_dim = a.kv.head_dim;
-    const int steps = static_cast<int>((head_dim + kDepth - 1) / kDepth);
-    const int64_t key_stride = a.kv.page_tokens * 4;
-    for (int g = part.begin; g < part.end; ++g) {
-      const char* keys[kAttentionMaxHeadDim / kDepth];
-      for (int step = 0; step < steps; ++step) keys[step] = part.keys[g] + step * 16 * key_stride;
-      multiply<M, 2>(reinterpret_cast<const char*>(s.query), item.rows * 64, keys, 0, key_stride,
-                     steps, s.scores + g * kGroup, kScoreStride * 4);
-    }
-    constexpr float kLog2E = 1.44269504f;
-    for (int r = 0; r < item.rows; ++r) {
-      float* scores = s.scores + r * kScoreStride;
-      mask_row(part, s.keys_begin[r], s.keys_end[r], scores);
-      const float top = max_score(part, scores);
-      result.max[r] = top * s.scale[r];
-      const float scale2 = s.scale[r] * kLog2E;
-      const __m512 scale = _mm512_set1_ps(scale2);
-      const __m512 shift = _mm512_set1_ps(top == kMinusInfinity ? 0.0f : -top * scale2);
-      Vec total = Vec::zero();
-      for (int g = part.begin; g < part.end; ++g) {
-        const float* group = scores + g * kGroup;
-        const __m512 low = exp2(_mm512_fmadd_ps(_mm512_load_ps(group), scale, shift));
-        const __m512 high = exp2(_mm512_fmadd_ps(_mm512_load_ps(group + 16), scale, shift));
-        total = total + (Vec(low) + Vec(high));
-        _mm512_store_si512(s.probs + (g * kAttentionRows + r) * kDepth,
-                           reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
+  static void run_tiles(const AttentionArgs& a, const AttentionItem& item, Scratch& s,
+                        const PartResults& results) {
+    const BlockRange range = blocks_of(item, s);
+    if (range.begin >= range.end) return;
+    Block blocks[3];  // by index % 3: the previous one, the one in softmax, the next one
+    const auto block_at = [&](int64_t index) -> Block& { return blocks[index % 3]; };
+    TileWork<M> tiles(a, item, s);
+    block_at(range.begin) = locate(a, item, s, range, range.begin);
+    tiles.add_keys(block_at(range.begin), s.scores[range.begin % 2]);
+    tiles.run_down_to(0);
+    const Softmax* previous_softmax = nullptr;
+    for (int64_t index = range.begin; index < range.end; ++index) {
+      const Block& block = block_at(index);
+      Softmax& softmax = s.softmax[block.first_key / kAttentionPart % 2];
+      if (index + 1 < range.end) {
+        block_at(index + 1) = locate(a, item, s, range, index + 1);
+        tiles.add_keys(block_at(index + 1), s.scores[(index + 1) % 2]);
       }
-      result.sum[r] = sum(total);
+      const Block* previous = index > range.begin ? &block_at(index - 1) : nullptr;
+      if (previous) {
+        tiles.add_values(*previous, s.probs[(index - 1) % 2], results.out(*previous));
+      }
+      if (block.starts_part) start_part(softmax, item.rows);
+      start_block(softmax, item.rows);
+      // The steps still to do, in 1/65536.
+      const int per_row = (tiles.steps() << 16) / item.rows;
+      int left = (tiles.steps() << 16) + 65535;
+      for (int r = 0; r < item.rows; ++r) {
+        softmax_row<TilePath>(block, softmax, s, s.scores[index % 2] + r * kScoreStride, r,
+                              s.probs[index % 2] + r * kDepth);
+        left -= per_row;
+        tiles.run_down_to(left >> 16);
+      }
+      tiles.run_down_to(0);
+      if (previous && previous->ends_part) results.finish(*previous, *previous_softmax);
+      if (!block.starts_part) {
+        rescale_rows(softmax, item.rows, a.kv.head_dim, results.out(block));
+      }
+      previous_softmax = &softmax;
     }
-    const char* probs =
-        reinterpret_cast<const char*>(s.probs + part.begin * kAttentionRows * kDepth);
-    const auto values = [&](auto tiles, int64_t dim) {
-      multiply<M, decltype(tiles)::kCount>(probs, kAttentionRows * kDepth * 2,
-                                           part.values + part.begin, dim * 4, head_dim * 4,
-                                           part.end - part.begin, result.out + dim, head_dim * 4);
-    };
-    int64_t dim = 0;
-    for (; dim + 32 <= head_dim; dim += 32) values(Count<2>{}, dim);
-    if (dim < head_dim) values(Count<1>{}, dim);
+    const Block& last = block_at(range.end - 1);
+    tiles.add_values(last, s.probs[(range.end - 1) % 2], results.out(last));
+    tiles.run_down_to(0);
+    results.finish(last, *previous_softmax);
   }
-
-  static void run_part(const AttentionArgs& a, const AttentionItem& item, const Part& part,
-                       Scratch& s, const Partial& result) {
-    item.rows > 16 ? run_part<2>(a, item, part, s, result) : run_part<1>(a, item, part, s, result);
-  }
-
- private:
-  template <int N>
-  struct Count {
-    static constexpr int kCount = N;
-  };
 };
 #endif
 
 template <typename Path>
 void run_item(const AttentionArgs& a, const AttentionItem& item, Scratch& s) {
-  const int64_t head_dim = a.kv.head_dim;
+  constexpr float kLog2E = 1.44269504f;
   for (int r = 0; r < item.rows; ++r) {
     const int64_t row = item.first_row + r, token = row / a.group;
     const int64_t head = item.kv_head * a.group + row % a.group;
-    Path::load_query(a.q + (item.token + token) * a.q_stride + head * a.q_head_stride, head_dim, r,
-                     item, s);
-    s.scale[r] = a.query_scale ? a.scale * a.query_scale[item.token + token] : a.scale;
+    const float factor = a.query_scale ? a.query_scale[item.token + token] : 1.0f;
+    Path::load_query(a.q + (item.token + token) * a.q_stride + head * a.q_head_stride,
+                     Vec(a.scale * factor * kLog2E), a.kv.head_dim, r, item, s);
     s.keys_end[r] = item.position + token + 1;
-    const int64_t window_begin = s.keys_end[r] - a.window;
-    s.keys_begin[r] = a.window > 0 && window_begin > 0 ? window_begin : 0;
+    s.keys_begin[r] = a.window > 0 ? greatest(s.keys_end[r] - a.window, 0) : 0;
+    s.total_sum[r] = 0;
   }
-  const Partial total{s.total_out, s.total_max, s.total_sum};
-  const Partial scratch_part{s.part_out, s.part_max, s.part_sum};
-  for (int32_t index = item.part_begin; index < item.part_end; ++index) {
-    const Part part = locate(a, item, s, index);
-    if (item.partial != nullptr) {
-      float* out = item.partial + (index - item.part_begin) * item.partial_stride;
-      float* max = out + item.rows * head_dim;
-      Path::run_part(a, item, part, s, Partial{out, max, max + kAttentionRows});
-    } else if (index == item.part_begin) {
-      Path::run_part(a, item, part, s, total);
-    } else {
-      Path::run_part(a, item, part, s, scratch_part);
-      merge(total, scratch_part, item.rows, head_dim);
-    }
+  Path::run(a, item, s, PartResults{a, item, s});
+  if (item.partial == nullptr) {
+    write_out(a, item, {s.total_out, s.total_max, s.total_sum});
   }
-  if (item.partial == nullptr) write_out(a, item, total);
 }
 
 }  // namespace

@@ -12,6 +12,9 @@
 //   load_half(p), store_half(p, a)    sixteen IEEE binary16 (as uint16_t), to nearest even
 //   sum(a), max(a)             over the lanes
 //   load_pairs(p, even, odd)   of 32 bf16
+//   any_above(a, b)            whether some lane of a is not <= b, NaN included
+//   exp2(a)                    <= 3 ulp on [-126, 127.9], exact for whole numbers; below gives 0;
+//                              NaN stays NaN
 //   exp(a)                     <= 2 ulp on [-87.3, 88.7]; below gives 0, above inf; NaN stays NaN
 #pragma once
 #include <stddef.h>

@@ -15,6 +15,7 @@ struct Vec {
 
   static QN_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
   static QN_INLINE Vec load(const float* p, int n) {
+    if (n == kLanes) return load(p);
     float lanes[kLanes] = {};
     memcpy(lanes, p, static_cast<size_t>(n) * sizeof(float));
     return load(lanes);
@@ -24,6 +25,7 @@ struct Vec {
             widen(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
   }
   static QN_INLINE Vec load(const bf16* p, int n) {
+    if (n == kLanes) return load(p);
     bf16 lanes[kLanes] = {};
     memcpy(lanes, p, static_cast<size_t>(n) * sizeof(bf16));
     return load(lanes);
@@ -33,6 +35,7 @@ struct Vec {
     _mm256_storeu_ps(p + 8, hi);
   }
   QN_INLINE void store(float* p, int n) const {
+    if (n == kLanes) return store(p);
     float lanes[kLanes];
     store(lanes);
     memcpy(p, lanes, static_cast<size_t>(n) * sizeof(float));
@@ -42,6 +45,7 @@ struct Vec {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(words, 0xD8));
   }
   QN_INLINE void store(bf16* p, int n) const {
+    if (n == kLanes) return store(p);
     bf16 lanes[kLanes];
     store(lanes);
     memcpy(p, lanes, static_cast<size_t>(n) * sizeof(bf16));
@@ -99,6 +103,10 @@ QN_INLINE Vec select_less(Vec a, Vec b, Vec x, Vec y) {
   return {_mm256_blendv_ps(y.lo, x.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)),
           _mm256_blendv_ps(y.hi, x.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))};
 }
+QN_INLINE bool any_above(Vec a, Vec b) {
+  return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_NLE_UQ),
+                                         _mm256_cmp_ps(a.hi, b.hi, _CMP_NLE_UQ))) != 0;
+}
 QN_INLINE Vec load_half(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
           _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
@@ -122,6 +130,25 @@ QN_INLINE float max(Vec a) {
   four = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
 }
+
+/// Minimax polynomial of degree 6 for 2^f, f in [0, 1).
+QN_INLINE __m256 exp2_8(__m256 x) {
+  const __m256 n = _mm256_floor_ps(x);
+  const __m256 f = _mm256_sub_ps(x, n);
+  __m256 p = _mm256_set1_ps(2.161291987e-4f);
+  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1.2467845143e-3f));
+  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(9.6754516938e-3f));
+  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(5.5485280778e-2f));
+  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(2.4022930555e-1f));
+  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(6.9314704444e-1f));
+  p = _mm256_fmadd_ps(p, f, _mm256_set1_ps(1.0f));
+  const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+  p = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));
+  p = _mm256_andnot_ps(_mm256_cmp_ps(x, _mm256_set1_ps(-126.0f), _CMP_LT_OQ), p);
+  return _mm256_blendv_ps(p, x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+}
+
+QN_INLINE Vec exp2(Vec a) { return {exp2_8(a.lo), exp2_8(a.hi)}; }
 
 /// Cody-Waite reduction x = n ln2 + r, then a degree-6 polynomial for e^r (Cephes expf
 /// coefficients).

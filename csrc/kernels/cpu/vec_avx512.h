@@ -65,6 +65,7 @@ QN_INLINE Vec abs(Vec a) { return _mm512_abs_ps(a.v); }
 QN_INLINE Vec select_less(Vec a, Vec b, Vec x, Vec y) {
   return _mm512_mask_mov_ps(y.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), x.v);
 }
+QN_INLINE bool any_above(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ) != 0; }
 QN_INLINE Vec load_half(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -85,6 +86,20 @@ QN_INLINE float max(Vec a) {
   __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   four = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
+
+/// Minimax polynomial of degree 6 for 2^f, f in [0, 1).
+QN_INLINE Vec exp2(Vec a) {
+  const __m512 f = _mm512_reduce_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  __m512 p = _mm512_set1_ps(2.161291987e-4f);
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.2467845143e-3f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6754516938e-3f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5485280778e-2f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022930555e-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314704444e-1f));
+  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+  const __mmask16 normal = _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(normal, p, a.v);
 }
 
 /// Cody-Waite reduction x = n ln2 + r, then a degree-6 polynomial for e^r (Cephes expf

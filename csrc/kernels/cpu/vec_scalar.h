@@ -65,8 +65,16 @@ QN_INLINE Vec load_half(const uint16_t* p) { QN_LANEWISE(math::QN_ISA::half_to_f
 QN_INLINE void store_half(uint16_t* p, Vec a) {
   for (int i = 0; i < Vec::kLanes; ++i) p[i] = math::QN_ISA::float_to_half(a.lane[i]);
 }
+QN_INLINE Vec exp2(Vec a) { QN_LANEWISE(a.lane[i] < -126.0f ? 0.0f : exp2f(a.lane[i])); }
 QN_INLINE Vec exp(Vec a) { QN_LANEWISE(expf(a.lane[i])); }
 #undef QN_LANEWISE
+
+QN_INLINE bool any_above(Vec a, Vec b) {
+  for (int i = 0; i < Vec::kLanes; ++i) {
+    if (!(a.lane[i] <= b.lane[i])) return true;
+  }
+  return false;
+}
 
 /// Pairwise over the lanes, in the order that the vector levels use.
 QN_INLINE float sum(Vec a) {
