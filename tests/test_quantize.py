@@ -17,6 +17,12 @@ from qwen_native.packed import PackedFile
 from qwen_native.quantize import Reference, gptq_round, quantize
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opened packed files leave their stamps in a cache folder of this test's own."""
+    monkeypatch.setenv("QN_CACHE", str(tmp_path / "cache"))
+
+
 def correlated_inputs(rng: np.random.Generator, count: int, cols: int) -> np.ndarray:
     mix = np.eye(cols) + 0.3 * rng.standard_normal((cols, cols))
     inputs = (rng.standard_normal((count, cols)) @ mix).astype(np.float32)
