@@ -18,9 +18,9 @@ from qwen_native.quantize import Reference, gptq_round, quantize
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Opened packed files leave their stamps in a cache folder of this test's own."""
-    monkeypatch.setenv("QN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("QN_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def correlated_inputs(rng: np.random.Generator, count: int, cols: int) -> np.ndarray:
