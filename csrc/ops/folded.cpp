@@ -42,7 +42,7 @@ int64_t folded_chunk_tokens(int64_t tokens, int64_t bytes_per_token) {
   constexpr int64_t kPair = 2 * cpu::kTokenTile;
   const int64_t fitting =
       std::max(kFoldedChunkBytes / std::max<int64_t>(bytes_per_token, 1), kPair);
-  const int64_t chunks = (tokens + fitting - 1) / fitting;
+  const int64_t chunks = chunk_count(tokens, fitting);
   return ((tokens + chunks - 1) / chunks + kPair - 1) / kPair * kPair;
 }
 

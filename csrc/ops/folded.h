@@ -25,4 +25,12 @@ FoldedActivations fold(const TensorView& x, int64_t block_cols, const ExecContex
 /// pass.
 int64_t folded_chunk_tokens(int64_t tokens, int64_t bytes_per_token);
 
+constexpr int64_t chunk_count(int64_t tokens, int64_t chunk_tokens) {
+  return (tokens + chunk_tokens - 1) / chunk_tokens;
+}
+
+/// `linear` with one 4-bit weight and x folded already; out has been checked.
+void linear_folded(const TensorView& out, const FoldedActivations& x, const LinearSegment& segment,
+                   Epilogue epilogue, const ExecContext& context);
+
 }  // namespace qn::ops

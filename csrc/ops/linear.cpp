@@ -129,6 +129,20 @@ Args common_args(const TensorView& out, const LinearSegment& segment, Epilogue e
   return args;
 }
 
+GemmFoldedArgs folded_args(const TensorView& out, const FoldedActivations& x,
+                           const LinearSegment& segment, Epilogue epilogue) {
+  auto args = common_args<GemmFoldedArgs>(out, segment, epilogue);
+  args.x = x;
+  args.format = segment.weight.format;
+  args.chunk_tokens = folded_chunk_tokens(x.tokens, cpu::folded_cols(args.cols));
+  return args;
+}
+
+/// Chunks of tokens x panels.
+int64_t folded_units(const GemmFoldedArgs& args) {
+  return chunk_count(args.x.tokens, args.chunk_tokens) * panel_count(args.rows);
+}
+
 /// The job of one segment, its units counted from `unit`.
 Job make_job(const TensorView& out, const TensorView& x, const LinearSegment& segment,
              Epilogue epilogue, bool invariant, Inputs& inputs, int64_t unit) {
@@ -147,12 +161,9 @@ Job make_job(const TensorView& out, const TensorView& x, const LinearSegment& se
             unit + panels};
   }
   if (takes_folded(segment.weight, tokens, invariant)) {
-    auto args = common_args<GemmFoldedArgs>(out, segment, epilogue);
-    args.x = inputs.folded();
-    args.format = format;
-    args.chunk_tokens = folded_chunk_tokens(tokens, cpu::folded_cols(args.cols));
-    const int64_t chunks = (tokens + args.chunk_tokens - 1) / args.chunk_tokens;
-    return {Kernel<GemmFoldedArgs>{kernels.gemm_int4_folded, args}, unit, unit + chunks * panels};
+    const GemmFoldedArgs args = folded_args(out, inputs.folded(), segment, epilogue);
+    return {Kernel<GemmFoldedArgs>{kernels.gemm_int4_folded, args}, unit,
+            unit + folded_units(args)};
   }
   auto args = common_args<GemmQuantizedArgs>(out, segment, epilogue);
   args.x = inputs.quantized();
@@ -232,6 +243,21 @@ double token_cost() {
     default:
       return 0.15;
   }
+}
+
+void linear_folded(const TensorView& out, const FoldedActivations& x, const LinearSegment& segment,
+                   Epilogue epilogue, const ExecContext& context) {
+  const GemmFoldedArgs args = folded_args(out, x, segment, epilogue);
+  const int64_t units = folded_units(args), scratch_bytes = cpu::gemm_folded_scratch(args.cols);
+  const int threads = context.pool.threads();
+  char* scratch = context.workspace.allocate_array<char>(scratch_bytes * threads);
+  const auto kernel = cpu::active_cpu_kernels().gemm_int4_folded;
+  context.pool.parallel_for(units, balanced_chunk(units, threads),
+                            [&](int64_t begin, int64_t end, int thread) {
+                              GemmFoldedArgs mine = args;
+                              mine.scratch = scratch + thread * scratch_bytes;
+                              kernel(mine, begin, end);
+                            });
 }
 
 }  // namespace qn::ops

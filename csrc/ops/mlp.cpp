@@ -23,7 +23,7 @@ FoldedActivations gated_folded(const TensorView& x, const WeightView& gate, cons
       folded_chunk_tokens(tokens, cpu::folded_cols(gate.cols) + kGatedBlockCols * 4);
   const int threads = context.pool.threads();
   const int64_t blocks = args.out.blocks(gate.rows);
-  const auto chunks = [&] { return (tokens + args.chunk_tokens - 1) / args.chunk_tokens; };
+  const auto chunks = [&] { return chunk_count(tokens, args.chunk_tokens); };
   while (chunks() * blocks < 2 * threads && args.chunk_tokens >= 4 * cpu::kTokenTile) {
     args.chunk_tokens = (args.chunk_tokens / 2 + 31) / 32 * 32;
   }
@@ -37,31 +37,6 @@ FoldedActivations gated_folded(const TensorView& x, const WeightView& gate, cons
     kernel(mine, begin, end);
   });
   return args.out;
-}
-
-/// out += x down^T with x folded already.
-void add_folded(const TensorView& out, const FoldedActivations& x, const WeightView& down,
-                const ExecContext& context) {
-  GemmFoldedArgs args{};
-  args.out = out.as<float>();
-  args.out_stride = out.stride[0];
-  args.add = true;
-  args.weight = down.data;
-  args.format = down.format;
-  args.rows = down.rows;
-  args.cols = down.cols;
-  args.x = x;
-  args.chunk_tokens = folded_chunk_tokens(x.tokens, cpu::folded_cols(down.cols));
-  const int64_t chunks = (x.tokens + args.chunk_tokens - 1) / args.chunk_tokens;
-  const int64_t scratch_bytes = cpu::gemm_folded_scratch(down.cols);
-  char* scratch = context.workspace.allocate_array<char>(scratch_bytes * context.pool.threads());
-  const auto kernel = cpu::active_cpu_kernels().gemm_int4_folded;
-  context.pool.parallel_for(chunks * panel_count(down.rows), 1,
-                            [&](int64_t begin, int64_t end, int thread) {
-                              GemmFoldedArgs mine = args;
-                              mine.scratch = scratch + thread * scratch_bytes;
-                              kernel(mine, begin, end);
-                            });
 }
 
 }  // namespace
@@ -84,9 +59,11 @@ void mlp(const TensorView& out, const TensorView& x, const MlpWeights& weights, 
   const int64_t tokens = x.shape[0], inter = gate.rows;
   if (tokens == 0) return;
   const Workspace::Scope scope(context.workspace);
+  const LinearSegment down_only[] = {{down, nullptr, 0}};
   if (takes_folded(gate, tokens, invariant) && takes_folded(up, tokens, invariant) &&
       takes_folded(down, tokens, invariant)) {
-    return add_folded(out, gated_folded(x, gate, up, context), down, context);
+    return linear_folded(out, gated_folded(x, gate, up, context), down_only[0], Epilogue::Add,
+                         context);
   }
   const TensorView both(context.workspace.allocate_array<float>(tokens * 2 * inter), DType::F32,
                         {tokens, 2 * inter});
@@ -96,7 +73,6 @@ void mlp(const TensorView& out, const TensorView& x, const MlpWeights& weights, 
     return view;
   };
   const LinearSegment gate_up[] = {{gate, nullptr, 0}, {up, nullptr, inter}};
-  const LinearSegment down_only[] = {{down, nullptr, 0}};
   linear(both, x, gate_up, Epilogue::Store, invariant, context);
   swiglu(half(0), half(0), half(inter), context);
   linear(out, half(0), down_only, Epilogue::Add, invariant, context);

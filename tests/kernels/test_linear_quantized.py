@@ -22,7 +22,7 @@ FORMATS = quant_reference.FORMATS
 TOKENS = [1, 2, 3, 5, 8, 15, 16, 17, 33]
 ROWS = [1, 16, 31, 33, 70]
 COLS = [1, 31, 33, 64, 200, 896]
-FOLDED_TOKENS = 8  # csrc/ops/linear.cpp: from here on, at the level amx
+FOLDED_TOKENS = 8  # csrc/ops/ops.h: from here on, at the level amx
 
 
 def make(rng, fmt, tokens, rows, cols, scale=1.0):

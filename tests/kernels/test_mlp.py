@@ -11,7 +11,7 @@ from tolerance import assert_contraction
 from qwen_native import ops
 
 FORMATS = quant_reference.FORMATS
-FOLDED_TOKENS = 8  # csrc/ops/folded.h, at the level amx
+FOLDED_TOKENS = 8  # csrc/ops/ops.h: from here on, at the level amx
 INNER_BLOCK = 512  # csrc/ops/folded.h: kGatedBlockCols
 
 

@@ -23,9 +23,9 @@ constexpr int64_t kFoldedPrefetchBytes = 3072;
 
 /// Sixteen rows of a packed 4-bit panel.
 struct HalfPanel {
-  const uint8_t* packed = nullptr;  // the panel; null: there is none
-  int half = 0;
-  WeightFormat format = WeightFormat::Int4;
+  const uint8_t* packed;  // the panel
+  int half;
+  WeightFormat format;
 
   QN_INLINE __m512 fold_scale() const {
     return _mm512_loadu_ps(reinterpret_cast<const PanelHeader*>(packed)->fold_scale + 16 * half);
