@@ -225,7 +225,7 @@ void register_engine(py::module_& module) {
                for (const rt::TokenLogprob& t : e.token.alternatives)
                  top.append(py::make_tuple(t.id, t.logprob));
                out.append(py::make_tuple(e.request, e.index, e.token.id, e.token.logprob, top,
-                                         finish_name(e.finish), e.error));
+                                         finish_name(e.finish), e.error, e.token.drawn_logprob));
              }
              return out;
            })

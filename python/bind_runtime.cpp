@@ -57,7 +57,7 @@ void register_runtime(py::module_& module) {
              std::vector<std::pair<int32_t, float>> alternatives;
              for (const rt::TokenLogprob& other : token.alternatives)
                alternatives.emplace_back(other.id, other.logprob);
-             return py::make_tuple(token.id, token.logprob, alternatives);
+             return py::make_tuple(token.id, token.logprob, alternatives, token.drawn_logprob);
            })
       .def("distribution",
            [](rt::Sampler& sampler, const PyTensor& logits) {

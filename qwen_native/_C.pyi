@@ -147,7 +147,10 @@ class Sampler:
     """Sampling state of one request: what it has seen, and its random numbers."""
 
     def __init__(self, params: SamplingParams, prompt: list[int] = ...) -> None: ...
-    def sample(self, logits: Array, /) -> tuple[int, float | None, list[tuple[int, float]]]: ...
+    def sample(
+        self, logits: Array, /
+    ) -> tuple[int, float | None, list[tuple[int, float]], float]:
+        """Return the token, its log-probability, alternatives, and that of the draw."""
     def distribution(self, logits: Array, /) -> list[tuple[int, float]]: ...
     @staticmethod
     def uniform(seed: int, index: int, /) -> float: ...
@@ -213,11 +216,11 @@ class Engine:
     def has_work(self) -> bool: ...
     def step(
         self,
-    ) -> list[tuple[int, int, int, float | None, list[tuple[int, float]], str | None, str]]:
+    ) -> list[tuple[int, int, int, float | None, list[tuple[int, float]], str | None, str, float]]:
         """Return the new tokens.
 
-        Each is (request, index, token, logprob, alternatives, finish reason, error); with the
-        finish reason "error" there is no token.
+        Each is (request, index, token, logprob, alternatives, finish reason, error, log-probability
+        of the draw); with the finish reason "error" there is no token.
         """
     def logits(
         self, tokens: list[int], last: int, prompt_length: int = 0

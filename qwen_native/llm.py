@@ -420,7 +420,7 @@ class LLM:
     def _step(self) -> None:
         """Run the engine once and hand its tokens to whoever waits for them, in any thread."""
         with self._lock:
-            for request, index, token, logprob, top, finish, error in self._engine.step():
+            for request, index, token, logprob, top, finish, error, _ in self._engine.step():
                 output = self._live[request][index]
                 if output.finish_reason is not None:
                     continue  # drafted beyond a stop text

@@ -240,9 +240,10 @@ void Sampler::filter(const float* logits, int64_t vocab, const ExecContext& cont
 
 /// Inverse of the cumulative distribution over the whole vocabulary, in the order of the ids: first
 /// by blocks.
-int32_t Sampler::draw_from_all(const float* logits, int64_t vocab, const ExecContext& context) {
-  double target =
-      exp_sums(logits, vocab, inverse_temperature(), context) * uniform(params_.seed, drawn_);
+Sampler::Choice Sampler::draw_from_all(const float* logits, int64_t vocab,
+                                       const ExecContext& context) {
+  const double total = exp_sums(logits, vocab, inverse_temperature(), context);
+  double target = total * uniform(params_.seed, drawn_);
   size_t block = 0, last_possible = 0;
   for (; block < block_sum_.size(); ++block) {
     if (block_sum_[block] > 0) last_possible = block;
@@ -252,6 +253,7 @@ int32_t Sampler::draw_from_all(const float* logits, int64_t vocab, const ExecCon
   if (block == block_sum_.size()) block = last_possible;
   const int64_t first = static_cast<int64_t>(block) * kBlock;
   int64_t chosen = -1;
+  double chosen_weight = 0;
   for (int64_t id = first; id < std::min(vocab, first + kBlock); ++id) {
     const double weight =
         logits[id] == largest_
@@ -259,18 +261,19 @@ int32_t Sampler::draw_from_all(const float* logits, int64_t vocab, const ExecCon
             : std::exp((static_cast<double>(logits[id]) - largest_) / params_.temperature);
     if (weight <= 0) continue;
     chosen = id;  // rounding may leave target above the sum: then the block's last possible token
+    chosen_weight = weight;
     if (target < weight) break;
     target -= weight;
   }
-  return static_cast<int32_t>(chosen);
+  return {static_cast<int32_t>(chosen), chosen_weight / total};
 }
 
 /// Chooses from the logits that largest_blocks() saw.
-int32_t Sampler::choose(const float* logits, int64_t vocab, const ExecContext& context) {
+Sampler::Choice Sampler::choose(const float* logits, int64_t vocab, const ExecContext& context) {
   if (largest_ == -kInfinity) QN_FAIL("[sampler] every logit is -inf, expected a token to choose");
   if (largest_ == kInfinity)
     QN_FAIL("[sampler] a logit is inf after bias and penalties, expected finite numbers");
-  if (params_.temperature == 0) return likeliest(logits, vocab);
+  if (params_.temperature == 0) return {likeliest(logits, vocab), 1.0};
   if (!std::isfinite(score(largest_))) {
     QN_FAIL("[sampler] the largest logit is ", largest_,
             ", which overflows when divided by temperature ", params_.temperature);
@@ -279,15 +282,16 @@ int32_t Sampler::choose(const float* logits, int64_t vocab, const ExecContext& c
       (params_.top_k == 0 || params_.top_k >= vocab) && params_.top_p == 1 && params_.min_p == 0;
   if (unfiltered) return draw_from_all(logits, vocab, context);
   filter(logits, vocab, context);
-  double target = total_weight() * uniform(params_.seed, drawn_);
-  int32_t chosen = candidates_.front().id;
+  const double total = total_weight();
+  double target = total * uniform(params_.seed, drawn_);
+  const Candidate* chosen = &candidates_.front();
   for (const Candidate& candidate : candidates_) {
     if (candidate.weight <= 0) break;
-    chosen = candidate.id;
+    chosen = &candidate;
     if (target < candidate.weight) break;
     target -= candidate.weight;
   }
-  return chosen;
+  return {chosen->id, chosen->weight / total};
 }
 
 std::vector<TokenLogprob> Sampler::top(const float* logits, int64_t vocab, float log_sum) {
@@ -322,13 +326,16 @@ SampledToken Sampler::sample(float* logits, int64_t vocab, const ExecContext& co
                                  std::log(exp_sums(logits, vocab, 1.0f, context)));
     result.alternatives = top(logits, vocab, log_sum);
   }
+  Choice choice;
   if (edits_logits_) {
     const Edits edits(*this, logits, vocab);
     largest_blocks(logits, vocab, context);
-    result.id = choose(logits, vocab, context);
+    choice = choose(logits, vocab, context);
   } else {
-    result.id = choose(logits, vocab, context);
+    choice = choose(logits, vocab, context);
   }
+  result.id = choice.id;
+  result.drawn_logprob = static_cast<float>(std::log(choice.probability));
   if (params_.logprobs >= 0) result.logprob = logits[result.id] - log_sum;
   if (penalties_) ++seen_[result.id];
   ++drawn_;

@@ -45,6 +45,9 @@ struct SampledToken {
   /// bias, penalties and temperature: what score() computes. Only when
   /// asked for (logprobs >= 0).
   std::optional<float> logprob;
+  /// Log of the probability that the draw gave to this token: after bias, penalties, temperature,
+  /// top_k, top_p and min_p; 0 when greedy.
+  float drawn_logprob;
   std::vector<TokenLogprob>
       alternatives;  // the `logprobs` likeliest tokens under the same logits, best first
 };
@@ -78,8 +81,12 @@ class Sampler {
   };
   /// Logits with bias and penalties applied, restored at the end of the scope.
   class Edits;
+  struct Choice {
+    int32_t id;
+    double probability;  // that this draw gave to it
+  };
 
-  int32_t choose(const float* logits, int64_t vocab, const ExecContext& context);
+  Choice choose(const float* logits, int64_t vocab, const ExecContext& context);
   void largest_blocks(const float* logits, int64_t vocab, const ExecContext& context);
   float block_threshold(int64_t count);
   void collect(const float* logits, int64_t vocab, float threshold);
@@ -88,7 +95,7 @@ class Sampler {
   double total_weight() const;
   void filter(const float* logits, int64_t vocab, const ExecContext& context);
   double exp_sums(const float* logits, int64_t vocab, float scale, const ExecContext& context);
-  int32_t draw_from_all(const float* logits, int64_t vocab, const ExecContext& context);
+  Choice draw_from_all(const float* logits, int64_t vocab, const ExecContext& context);
   std::vector<TokenLogprob> top(const float* logits, int64_t vocab, float log_sum);
   int32_t likeliest(const float* logits, int64_t vocab) const;
   float score(float logit) const { return logit / params_.temperature; }

@@ -146,7 +146,7 @@ def test_bad_logits_end_only_their_request(tmp_path):
         assert out[0, 0] == alone[0, 0]
         assert len(out[2, 0]) == 60
         for index in (0, 1):
-            [(_, _, _, finish, error)] = out[1, index]
+            [(_, _, _, finish, error, _)] = out[1, index]
             assert finish == "error" and "logits have NaN" in error
     with pytest.raises(RuntimeError, match="logits have NaN"):
         llm.generate([3, 50], max_new_tokens=2)

@@ -158,6 +158,30 @@ def test_draws_follow_the_distribution(isa, params, vocab):
     assert statistic <= freedom + 5 * math.sqrt(2 * freedom)
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.0},
+        {"temperature": 0.6},
+        {"top_k": 8},
+        {"top_p": 0.7, "temperature": 1.3},
+        {"min_p": 0.1, "logit_bias": {3: 2.0}},
+        {"top_p": 0.9, "frequency_penalty": 0.5},
+    ],
+)
+def test_the_probability_of_the_draw_is_reported(isa, params):
+    logits = np.random.default_rng(5).standard_normal(300).astype(np.float32) * 1.5
+    ours, output = sampler(seed=3, **params), []
+    for _ in range(20):
+        theirs = np.eye(300)[logits.argmax()]
+        if params.get("temperature") != 0.0:
+            theirs, _ = expected_distribution(logits, (), output, **params)
+        token, _, _, drawn = ours.sample(logits)
+        # float32 weights of up to 300 tokens, as in assert_same
+        assert drawn == pytest.approx(math.log(theirs[token]), abs=2e-5)
+        output.append(token)
+
+
 def philox(seed: int, index: int) -> tuple[int, ...]:
     """Philox4x32-10 with Python integers."""
     x, mask = [index & 0xFFFFFFFF, index >> 32, 0, 0], 0xFFFFFFFF
@@ -196,7 +220,7 @@ def test_token_depends_on_seed_index_and_logits_only(isa):
     again = sampler(seed=5)
     assert [again.sample(row) for row in rows] == results[0]
     changed = sampler(seed=6)
-    assert [changed.sample(row)[0] for row in rows] != [token for token, _, _ in results[0]]
+    assert [changed.sample(row)[0] for row in rows] != [token for token, *_ in results[0]]
 
 
 @pytest.mark.parametrize("count", [-1, 0, 1, 5, 200])
@@ -207,7 +231,7 @@ def test_logprobs_are_of_the_raw_logits(isa, count):
     ours = sampler(
         [3], temperature=0.3, repetition_penalty=2.0, logit_bias={9: 60.0}, logprobs=count
     )
-    token, logprob, top = ours.sample(logits)
+    token, logprob, top, _ = ours.sample(logits)
     assert token == 9
     assert logprob == (None if count < 0 else float(logits[9] - total))
     if logprob is None:
