@@ -60,7 +60,7 @@ _WHITESPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u
 _MARK_STRIDE = 256
 
 
-def _gpt2_alphabet() -> list[str]:
+def gpt2_alphabet() -> list[str]:
     """Give the character by which GPT-2's vocabulary files write each of the 256 bytes."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     alphabet = {byte: chr(byte) for byte in printable}
@@ -71,7 +71,7 @@ def _gpt2_alphabet() -> list[str]:
 
 _NOT_A_BYTE = 0xFFFF
 _BYTE_OF_CODE = np.full(0x146, _NOT_A_BYTE, np.uint16)
-for _byte, _char in enumerate(_gpt2_alphabet()):
+for _byte, _char in enumerate(gpt2_alphabet()):
     _BYTE_OF_CODE[ord(_char)] = _byte
 
 

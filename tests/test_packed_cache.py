@@ -19,7 +19,7 @@ from tiny_models import GGUF_HEADS, GGUF_HIDDEN, GGUF_INTER, GGUF_KV_HEADS, gguf
 from qwen_native import _C, LLM, packed, packed_cache
 from qwen_native.packed import PackedFile
 from qwen_native.packed_cache import packed_path
-from qwen_native.tokenizer import _gpt2_alphabet
+from qwen_native.tokenizer import gpt2_alphabet
 
 PROMPT = [5, 9, 77, 17, 3]
 
@@ -80,7 +80,7 @@ def save_finite_gguf(path: Path) -> None:
     writer.add_rope_freq_base(10000.0)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(sorted(_gpt2_alphabet()))
+    writer.add_token_list(sorted(gpt2_alphabet()))
     writer.add_token_types([1] * 256)
     writer.add_token_merges([])
     kinds = [GGMLQuantizationType[name] for name in ("Q4_0", "Q8_0", "Q5_0", "BF16", "F16", "Q4_1")]

@@ -27,7 +27,7 @@ MAY_SEE_KERNELS = {
     ),
 }
 INTEGER_LOGIC = re.compile(r"csrc/runtime/(scheduler|page_pool|sequence|prompt_lookup)\.(h|cpp)")
-USES_TORCH = re.compile(r"qwen_native/(reference|autograd|nn|train/\w+)\.py")
+USES_TORCH = re.compile(r"qwen_native/(reference|autograd|nn|export|train/\w+)\.py")
 
 
 def is_isa_file(path: str) -> bool:
