@@ -233,8 +233,8 @@ def attention_cases() -> Iterator[Case]:
 
         return Run(lambda: ops.attention(q, pages, [span]), plain, check)
 
-    for dtype in ("f32", "bf16"):
-        cache = 4096 * 2 * 2 * 64 * (4 if dtype == "f32" else 2)
+    for dtype in ("f32", "bf16", "int8"):
+        cache = 4096 // 64 * ops.kv_page_bytes(64, 2, 64, dtype)
         yield Case(
             "attention", f"decode 4096 14/2x64 {dtype}", lambda d=dtype: make(1, 4096, d), cache
         )
@@ -245,7 +245,7 @@ def attention_cases() -> Iterator[Case]:
                 lambda t=tokens, d=dtype: make(t, t, d),
                 cache * tokens // 4096,
                 2 * 64 * 14 * tokens * (tokens + 1),
-                "tile_bf16" if dtype == "bf16" else "fma_f32",
+                "fma_f32" if dtype == "f32" else "tile_bf16",
             )
 
 
@@ -258,8 +258,8 @@ def kv_append_cases() -> Iterator[Case]:
 
         return Run(lambda: ops.kv_append(pages, k, v, [span]), None, check)
 
-    for dtype in ("f32", "bf16"):
-        size = 512 * 2 * 2 * 64 * (8 if dtype == "f32" else 6)
+    for dtype in ("f32", "bf16", "int8"):
+        size = 512 * 2 * 2 * 64 * 4 + 512 // 64 * ops.kv_page_bytes(64, 2, 64, dtype)
         yield Case("kv_append", f"512 tokens 2x64 {dtype}", lambda d=dtype: make(512, d), size)
 
 

@@ -139,6 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--model", help="a .gguf file; default: the demo model")
     parser.add_argument("--weights", choices=sorted(PEER_TYPES), default="int4")
+    parser.add_argument("--kv-dtype", default="auto", help="our KV cache; theirs is f16")
     parser.add_argument("--threads", type=int, default=_C.thread_budget()["threads"])
     parser.add_argument("--prompt", default="512", help="prompt lengths, e.g. 512,2048")
     parser.add_argument("--gen", type=int, default=64, help="tokens generated per decode case")
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
 
     path = resolve_model(options.model)
-    llm = LLM(path, weights=options.weights, threads=options.threads)
+    llm = LLM(path, weights=options.weights, threads=options.threads, kv_dtype=options.kv_dtype)
     ours = Benchmark(llm)
     prompts = [int(n) for n in options.prompt.split(",")]
     depths = [int(n) for n in options.depth.split(",")]

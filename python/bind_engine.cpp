@@ -186,14 +186,10 @@ void register_engine(py::module_& module) {
 
   py::class_<rt::Engine>(module, "Engine")
       .def(py::init([](std::shared_ptr<model::QwenModel> model, int threads, int64_t context,
-                       int64_t cache_tokens, const std::string& kv_dtype, int64_t max_step_tokens,
+                       int64_t cache_tokens, const std::string& dtype, int64_t max_step_tokens,
                        int64_t max_running) {
-             QN_CHECK(kv_dtype == "f32" || kv_dtype == "bf16", "[engine] kv_dtype is '", kv_dtype,
-                      "', expected f32 or bf16");
-             const rt::EngineOptions options{
-                 threads,         context,
-                 cache_tokens,    kv_dtype == "f32" ? DType::F32 : DType::BF16,
-                 max_step_tokens, max_running};
+             const rt::EngineOptions options{threads,         context,         cache_tokens,
+                                             kv_dtype(dtype), max_step_tokens, max_running};
              return std::make_unique<rt::Engine>(std::move(model), options);
            }),
            py::arg("model"), py::kw_only(), py::arg("threads"), py::arg("context"),

@@ -35,37 +35,47 @@ ops::LinearSegment linear_segment(const PySegment& segment) {
   return result;
 }
 
-DType cache_dtype(const std::string& name) {
-  QN_CHECK(name == "f32" || name == "bf16", "[kv_cache] dtype is ", name, ", expected f32 or bf16");
-  return name == "f32" ? DType::F32 : DType::BF16;
-}
+/// KvPages of qwen_native/ops.py: pool int32 [pages, words of a page], page_tokens, num_kv_heads,
+/// head_dim, dtype, key_scale
+using PyPages =
+    std::tuple<PyTensor, int64_t, int64_t, int64_t, std::string, std::optional<PyTensor>>;
 
-/// `pool` is int32 [pages, words of a page].
-ops::KvLayer kv_layer(const PyTensor& pool, int64_t page_tokens, int64_t num_kv_heads,
-                      int64_t head_dim, const std::string& dtype) {
-  const size_t page_bytes =
-      ops::kv_page_bytes(page_tokens, num_kv_heads, head_dim, cache_dtype(dtype));
+ops::KvLayer kv_layer(const PyPages& pages) {
+  const auto& [pool, page_tokens, num_kv_heads, head_dim, dtype_name, key_scale] = pages;
+  const DType dtype = kv_dtype(dtype_name);
+  const size_t page_bytes = ops::kv_page_bytes(page_tokens, num_kv_heads, head_dim, dtype);
   QN_CHECK(pool.view.dtype == DType::I32 && pool.view.rank == 2 && pool.view.contiguous() &&
                pool.view.shape[1] * 4 == static_cast<int64_t>(page_bytes),
            "[kv_cache] pool is ", pool.view.describe(), ", expected dense i32[pages, ",
            page_bytes / 4, "]");
-  return {pool.view.data,    static_cast<int64_t>(page_bytes), page_tokens, num_kv_heads, head_dim,
-          cache_dtype(dtype)};
+  ops::KvLayer layer{
+      pool.view.data, static_cast<int64_t>(page_bytes), page_tokens, num_kv_heads, head_dim, dtype};
+  if (key_scale) {
+    const TensorView& factors = key_scale->view;
+    QN_CHECK(factors.dtype == DType::F32 && factors.rank == 2 && factors.contiguous() &&
+                 factors.shape[0] == num_kv_heads && factors.shape[1] == head_dim,
+             "[kv_cache] key_scale is ", factors.describe(), ", expected dense f32[", num_kv_heads,
+             ", ", head_dim, "]");
+    layer.key_scale = factors.as<const float>();
+  }
+  return layer;
 }
 
 /// (query_begin, query_count, kv_len, page_table)
 using PySpan = std::tuple<int64_t, int64_t, int64_t, std::vector<int32_t>>;
 
 std::vector<ops::SequenceSpan> sequence_spans(const std::vector<PySpan>& spans,
-                                              const PyTensor& pool, int64_t page_tokens) {
+                                              const PyPages& pages) {
+  const TensorView& pool = std::get<0>(pages).view;
+  const int64_t page_tokens = std::get<1>(pages);
   std::vector<ops::SequenceSpan> result;
   for (const auto& [query_begin, query_count, kv_len, page_table] : spans) {
     const int64_t needed = (kv_len + page_tokens - 1) / page_tokens;
     QN_CHECK(static_cast<int64_t>(page_table.size()) >= needed, "[kv_cache] page table has ",
              page_table.size(), " pages, expected ", needed, " for ", kv_len, " tokens");
     for (const int32_t page : page_table) {
-      QN_CHECK(page >= 0 && page < pool.view.shape[0], "[kv_cache] page number is ", page,
-               ", expected 0 to ", pool.view.shape[0] - 1);
+      QN_CHECK(page >= 0 && page < pool.shape[0], "[kv_cache] page number is ", page,
+               ", expected 0 to ", pool.shape[0] - 1);
     }
     result.push_back({query_begin, query_count, kv_len, page_table.data()});
   }
@@ -73,6 +83,13 @@ std::vector<ops::SequenceSpan> sequence_spans(const std::vector<PySpan>& spans,
 }
 
 }  // namespace
+
+DType kv_dtype(const std::string& name) {
+  for (const DType dtype : {DType::F32, DType::BF16, DType::I8}) {
+    if (name == dtype_name(dtype)) return dtype;
+  }
+  throw ArgumentError("kv_dtype is '" + name + "', expected f32, bf16 or int8");
+}
 
 void register_ops(py::module_& module) {
   module.def("rms_norm", [](const PyTensor& out, const PyTensor& x, const PyTensor& weight,
@@ -121,33 +138,29 @@ void register_ops(py::module_& module) {
 
   module.def("kv_page_bytes", [](int64_t page_tokens, int64_t num_kv_heads, int64_t head_dim,
                                  const std::string& dtype) {
-    return ops::kv_page_bytes(page_tokens, num_kv_heads, head_dim, cache_dtype(dtype));
+    return ops::kv_page_bytes(page_tokens, num_kv_heads, head_dim, kv_dtype(dtype));
   });
-  module.def("kv_append", [](const PyTensor& pool, int64_t page_tokens, int64_t num_kv_heads,
-                             int64_t head_dim, const std::string& dtype, const PyTensor& k,
-                             const PyTensor& v, const std::vector<PySpan>& spans) {
+  module.def("kv_append", [](const PyPages& pages, const PyTensor& k, const PyTensor& v,
+                             const std::vector<PySpan>& spans) {
     py::gil_scoped_release unlocked;
-    ops::kv_append(kv_layer(pool, page_tokens, num_kv_heads, head_dim, dtype), k.view, v.view,
-                   sequence_spans(spans, pool, page_tokens), op_context());
+    ops::kv_append(kv_layer(pages), k.view, v.view, sequence_spans(spans, pages), op_context());
   });
-  module.def(
-      "attention", [](const PyTensor& out, const PyTensor& q, const PyTensor& pool,
-                      int64_t page_tokens, int64_t num_kv_heads, int64_t head_dim,
-                      const std::string& dtype, const std::vector<PySpan>& spans, float scale,
-                      int64_t window, const std::optional<PyTensor>& query_scale) {
-        py::gil_scoped_release unlocked;
-        if (query_scale) {
-          const TensorView& factors = query_scale->view;
-          QN_CHECK(factors.dtype == DType::F32 && factors.rank == 1 && factors.contiguous() &&
-                       factors.shape[0] == q.view.shape[0],
-                   "[attention] query_scale is ", factors.describe(), ", expected dense f32[",
-                   q.view.shape[0], "]");
-        }
-        const ops::AttentionOptions options{
-            scale, window, query_scale ? query_scale->view.as<const float>() : nullptr};
-        ops::attention(out.view, q.view, kv_layer(pool, page_tokens, num_kv_heads, head_dim, dtype),
-                       sequence_spans(spans, pool, page_tokens), options, op_context());
-      });
+  module.def("attention", [](const PyTensor& out, const PyTensor& q, const PyPages& pages,
+                             const std::vector<PySpan>& spans, float scale, int64_t window,
+                             const std::optional<PyTensor>& query_scale) {
+    py::gil_scoped_release unlocked;
+    if (query_scale) {
+      const TensorView& factors = query_scale->view;
+      QN_CHECK(factors.dtype == DType::F32 && factors.rank == 1 && factors.contiguous() &&
+                   factors.shape[0] == q.view.shape[0],
+               "[attention] query_scale is ", factors.describe(), ", expected dense f32[",
+               q.view.shape[0], "]");
+    }
+    const ops::AttentionOptions options{
+        scale, window, query_scale ? query_scale->view.as<const float>() : nullptr};
+    ops::attention(out.view, q.view, kv_layer(pages), sequence_spans(spans, pages), options,
+                   op_context());
+  });
 }
 
 }  // namespace qn::python

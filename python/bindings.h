@@ -4,8 +4,10 @@
 #include <pybind11/pybind11.h>
 
 #include <mutex>
+#include <string>
 
 #include "core/context.h"
+#include "core/dtype.h"
 
 namespace qn::python {
 
@@ -27,5 +29,8 @@ class OpContext {
 };
 
 inline OpContext op_context() { return {}; }
+
+/// The element type of a KV cache by its Python name.
+DType kv_dtype(const std::string& name);
 
 }  // namespace qn::python

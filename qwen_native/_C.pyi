@@ -96,27 +96,15 @@ def linear(
 ) -> None: ...
 
 Span: TypeAlias = tuple[int, int, int, list[int]]  # query_begin, query_count, kv_len, page_table
+# KvPages of ops.py: pool, page_tokens, num_kv_heads, head_dim, dtype, key_scale
+Pages: TypeAlias = tuple[Array, int, int, int, str, Array | None]
 
 def kv_page_bytes(page_tokens: int, num_kv_heads: int, head_dim: int, dtype: str, /) -> int: ...
-def kv_append(
-    pool: Array,
-    page_tokens: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: str,
-    k: Array,
-    v: Array,
-    spans: Sequence[Span],
-    /,
-) -> None: ...
+def kv_append(pages: Pages, k: Array, v: Array, spans: Sequence[Span], /) -> None: ...
 def attention(
     out: Array,
     q: Array,
-    pool: Array,
-    page_tokens: int,
-    num_kv_heads: int,
-    head_dim: int,
-    dtype: str,
+    pages: Pages,
     spans: Sequence[Span],
     scale: float,
     window: int,

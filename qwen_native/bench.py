@@ -142,7 +142,7 @@ class Benchmark:
         steps = 1 if kind == "prefill" else tokens
         mean_depth = depth + tokens / 2
         bytes_read = steps * self.weight_bytes() + (
-            steps * batch * mean_depth * self._kv_bytes_per_token() if kind == "decode" else 0
+            steps * batch * mean_depth * self.llm.kv_bytes_per_token if kind == "decode" else 0
         )
         head_rows = 1 if kind == "prefill" else total
         operations: float = 2 * total * self._layer_weights() + 2 * head_rows * self._head_weights()
@@ -177,11 +177,6 @@ class Benchmark:
 
     def _head_weights(self) -> int:
         return self.llm.config.vocab_size * self.llm.config.hidden_size
-
-    def _kv_bytes_per_token(self) -> int:
-        c = self.llm.config
-        element = 4 if self.llm.kv_dtype == "f32" else 2
-        return 2 * c.num_layers * c.num_kv_heads * c.head_dim * element
 
     def _matrix_peak(self) -> float:
         """Peak of the instructions that the weights' main format can use at this level."""

@@ -212,6 +212,11 @@ def _add_command(
         )
         command.add_argument("--threads", type=int, help="default: the CPUs this process may use")
         command.add_argument(
+            "--kv-dtype",
+            default="auto",
+            help="precision of the KV cache: auto (default), bf16, f32 or int8 (half the memory)",
+        )
+        command.add_argument(
             "--context", type=int, help="most tokens of prompt and output together"
         )
     return command
@@ -279,6 +284,7 @@ def _load(options: argparse.Namespace) -> LLM:
             weights=options.weights,
             threads=getattr(options, "threads", None),
             context=getattr(options, "context", None),
+            kv_dtype=getattr(options, "kv_dtype", "auto"),
             speculation=getattr(options, "speculation", "prompt_lookup"),
             progress=progress,
         )

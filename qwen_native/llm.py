@@ -38,6 +38,7 @@ Prompt = str | Sequence[int]
 Message = Mapping[str, object]
 
 WEIGHTS = ("auto", "int4", "int8", "bf16", "f32")
+KV_DTYPES = ("auto", "bf16", "f32", "int8")
 SPECULATION = ("prompt_lookup", "off")
 _MEMORY_SHARE = 0.5  # of the free memory, for the KV cache unless the caller says else
 _MAX_SEED = 1 << 63
@@ -83,7 +84,8 @@ class LLM:
                 decided).
             context: Most tokens of one sequence. Default: what the model was trained for, or less
                 when the KV cache would not fit into memory (then `notices` says so).
-            kv_dtype: Precision of the KV cache: "bf16", "f32" or "auto" (f32 with f32 weights).
+            kv_dtype: Precision of the KV cache: "bf16", "f32", "int8" (a little over half the
+                memory of bf16; docs/NUMERICS.md) or "auto" (f32 with f32 weights, else bf16).
             invariant: With int4 weights, round the same way whatever the batch, so that results do
                 not depend on it; slower for prompts. The other formats always do.
             packed_cache: Keep quantised weights as a packed file in the cache folder, so that they
@@ -101,8 +103,8 @@ class LLM:
         """
         if weights not in WEIGHTS:
             raise ValueError(f"weights is {weights!r}, expected one of {', '.join(WEIGHTS)}")
-        if kv_dtype not in ("auto", "bf16", "f32"):
-            raise ValueError(f"kv_dtype is {kv_dtype!r}, expected auto, bf16 or f32")
+        if kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype is {kv_dtype!r}, expected one of {', '.join(KV_DTYPES)}")
         if speculation not in SPECULATION:
             raise ValueError(
                 f"speculation is {speculation!r}, expected one of {', '.join(SPECULATION)}"
@@ -310,11 +312,16 @@ class LLM:
                 progress("scoring", min(begin + context, len(ids)), len(ids))
         return math.exp(-total / count)
 
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one token takes in the KV cache, over all layers."""
+        c, tokens = self.config, 32
+        page = _C.kv_page_bytes(tokens, c.num_kv_heads, c.head_dim, self.kv_dtype)
+        return c.num_layers * page // tokens
+
     def _plan_cache(self, context: int | None) -> tuple[int, int]:
         """Decide the context and how many tokens the KV cache may hold in all."""
-        config = self.config
-        element = 4 if self.kv_dtype == "f32" else 2
-        bytes_per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * element
+        config, bytes_per_token = self.config, self.kv_bytes_per_token
         available = _available_memory()
         budget = int(available * _MEMORY_SHARE) // bytes_per_token
         if context is None:

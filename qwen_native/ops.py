@@ -7,7 +7,6 @@ instruction-set level (`set_isa`).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -227,8 +226,7 @@ def log_sum_exp(x: Any) -> float:
     return float(_C.log_sum_exp(_detach(x)))
 
 
-@dataclasses.dataclass(frozen=True)
-class KvPages:
+class KvPages(NamedTuple):
     """A pool of KV cache pages of one layer (the layout inside is in csrc/kernels/args.h).
 
     Attributes:
@@ -236,7 +234,10 @@ class KvPages:
         page_tokens: tokens per page, a multiple of 32.
         num_kv_heads: key-value heads.
         head_dim: size of a head, a multiple of 16 up to 256.
-        dtype: "f32" | "bf16", how keys and values are stored.
+        dtype: "f32" | "bf16" | "int8", how keys and values are stored; int8 with one scale for a
+            token's key in a head and one for its value.
+        key_scale: with int8, positive factors [num_kv_heads, head_dim] f32 that keys are divided by
+            before they are rounded and queries multiplied with, or None.
     """
 
     pool: Any
@@ -244,6 +245,7 @@ class KvPages:
     num_kv_heads: int
     head_dim: int
     dtype: str
+    key_scale: Any | None = None
 
 
 class SequenceSpan(NamedTuple):
@@ -286,8 +288,7 @@ def kv_append(pages: KvPages, k: Any, v: Any, spans: list[SequenceSpan]) -> None
     Raises:
         ValueError: a shape or dtype does not fit, or a span lies outside its tensors.
     """
-    layout = (pages.pool, pages.page_tokens, pages.num_kv_heads, pages.head_dim, pages.dtype)
-    _C.kv_append(*layout, _detach(k), _detach(v), spans)
+    _C.kv_append(pages, _detach(k), _detach(v), spans)
 
 
 def attention(
@@ -320,9 +321,8 @@ def attention(
     q = _detach(q)
     if out is None:
         out = _empty(q, tuple(q.shape))
-    layout = (pages.pool, pages.page_tokens, pages.num_kv_heads, pages.head_dim, pages.dtype)
     factor = float(pages.head_dim) ** -0.5 if scale is None else scale
-    _C.attention(_detach(out), q, *layout, spans, factor, window, query_scale)
+    _C.attention(_detach(out), q, pages, spans, factor, window, query_scale)
     return out
 
 

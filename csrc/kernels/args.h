@@ -101,18 +101,23 @@ struct GemmWorkspace {
 ///
 ///   F32   keys [head_dim][page_tokens]         values [page_tokens][head_dim]
 ///   BF16  keys [key_dims / 2][page_tokens][2]  values [page_tokens / 2][head_dim][2]
+///   I8    keys [page_tokens / 32][key_dims / 2][32][2]  values as BF16, then (at scale_offset) the
+///         float32 scales of the keys [page_tokens] and of the values [page_tokens]
 ///
 /// Keys thus lie in the lanes of q k^T and dims in the lanes of p v, and nothing needs a sum over
 /// lanes. The pairs of the bf16 layout (two dims of a key, two keys of a dim) make 16 rows of 16
 /// pairs a B operand of tdpbf16ps, and widen to float32 with a shift and a mask. key_dims is
-/// head_dim rounded up to 32, the depth of a tile; the keys' dims from head_dim on are zero.
+/// head_dim rounded up to 32, the depth of a tile; the keys' dims from head_dim on are zero. I8
+/// holds code = round(x / scale) with scale = max|x| / 127 over a token's key or value; 32 keys or
+/// values lie together and become bf16 pairs in the same order.
 struct KvGeometry {
   int64_t page_tokens;  // multiple of 32
   int64_t num_kv_heads;
   int64_t head_dim;      // multiple of 16
   int64_t head_bytes;    // of one kv head within a page
   int64_t value_offset;  // bytes
-  DType dtype;           // F32 | BF16
+  int64_t scale_offset;  // bytes; I8 only
+  DType dtype;           // F32 | BF16 | I8
 };
 
 /// Consecutive tokens that go to one page.
@@ -127,6 +132,7 @@ struct KvAppendArgs {
   const float *k, *v;  // [tokens, num_kv_heads, head_dim]
   int64_t k_stride, k_head_stride, v_stride, v_head_stride;
   const KvAppendItem* items;
+  const float* key_scale;  // [num_kv_heads, head_dim] what keys are divided by, or null
   KvGeometry kv;
 };
 
@@ -138,7 +144,7 @@ constexpr int kAttentionRows = 32;
 constexpr int kAttentionPart = 1024;
 constexpr int kAttentionMaxHeadDim = 256;
 /// Scratch of one thread.
-constexpr int64_t kAttentionScratchBytes = kAttentionRows * (16 * kAttentionMaxHeadDim + 2048);
+constexpr int64_t kAttentionScratchBytes = kAttentionRows * (32 * kAttentionMaxHeadDim + 2048);
 
 /// Rows of one sequence and kv head against a range of parts.
 struct AttentionItem {
@@ -166,6 +172,7 @@ struct AttentionArgs {
   float scale;               // > 0
   int64_t window;            // 0 = all
   const float* query_scale;  // [tokens], or null
+  const float* key_scale;    // [num_kv_heads, head_dim] what keys were divided by, or null
   const AttentionItem* items;
   KvGeometry kv;
 };

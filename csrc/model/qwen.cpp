@@ -62,7 +62,8 @@ void QwenModel::forward(const BatchPlan& plan, std::span<const ops::KvLayer> kv_
   ops::gather(x, ids, weights_->embedding(), context);
   for (int64_t i = 0; i < c.num_layers; ++i) {
     const LayerWeights& w = weights_->layers()[static_cast<size_t>(i)];
-    const ops::KvLayer& kv = kv_layers[static_cast<size_t>(i)];
+    ops::KvLayer kv = kv_layers[static_cast<size_t>(i)];
+    if (kv.dtype == DType::I8 && !w.key_scale.empty()) kv.key_scale = w.key_scale.data();
 
     norm(w.input_norm);
     linear(qkv, normed, w.qkv, ops::Epilogue::Store);

@@ -54,6 +54,7 @@ struct LayerWeights {
   Linear qkv;                        // hidden -> (num_heads + 2 num_kv_heads) head_dim
   const float* q_norm;               // [head_dim] or null
   const float* k_norm;               // [head_dim] or null
+  std::vector<float> key_scale;      // of an int8 KV cache [num_kv_heads, head_dim], or empty
   Linear o_proj;                     // num_heads head_dim -> hidden
   const float* post_attention_norm;  // [hidden]
   ops::MlpWeights mlp;               // hidden -> intermediate -> hidden

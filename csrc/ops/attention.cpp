@@ -22,17 +22,19 @@ KvGeometry geometry(const char* op, int64_t page_tokens, int64_t num_kv_heads, i
   QN_CHECK(num_kv_heads > 0, "[", op, "] num_kv_heads is ", num_kv_heads, ", expected at least 1");
   QN_CHECK(head_dim > 0 && head_dim % 16 == 0 && head_dim <= kAttentionMaxHeadDim, "[", op,
            "] head_dim is ", head_dim, ", expected a multiple of 16 up to ", kAttentionMaxHeadDim);
-  QN_CHECK(dtype == DType::F32 || dtype == DType::BF16, "[", op, "] dtype of the cache is ",
-           dtype_name(dtype), ", expected f32 or bf16");
+  QN_CHECK(dtype == DType::F32 || dtype == DType::BF16 || dtype == DType::I8, "[", op,
+           "] dtype of the cache is ", dtype_name(dtype), ", expected f32, bf16 or int8");
   const int64_t size = static_cast<int64_t>(dtype_size(dtype));
   const int64_t key_dims =
-      dtype == DType::BF16 ? ceil_div(head_dim, kTileDepth) * kTileDepth : head_dim;
+      dtype == DType::F32 ? head_dim : ceil_div(head_dim, kTileDepth) * kTileDepth;
   KvGeometry kv{};
   kv.page_tokens = page_tokens;
   kv.num_kv_heads = num_kv_heads;
   kv.head_dim = head_dim;
   kv.value_offset = page_tokens * key_dims * size;
-  kv.head_bytes = kv.value_offset + page_tokens * head_dim * size;
+  kv.scale_offset = kv.value_offset + page_tokens * head_dim * size;
+  kv.head_bytes = kv.scale_offset;
+  if (dtype == DType::I8) kv.head_bytes += 2 * page_tokens * static_cast<int64_t>(sizeof(float));
   kv.dtype = dtype;
   return kv;
 }
@@ -43,6 +45,8 @@ KvGeometry geometry(const char* op, const KvLayer& layer) {
   const int64_t page_bytes = kv.head_bytes * kv.num_kv_heads;
   QN_CHECK(layer.page_stride >= page_bytes, "[", op, "] page_stride is ", layer.page_stride,
            " bytes, expected at least ", page_bytes);
+  QN_CHECK(layer.key_scale == nullptr || layer.dtype == DType::I8, "[", op,
+           "] key_scale is given for a cache of ", dtype_name(layer.dtype), ", expected int8");
   return kv;
 }
 
@@ -119,6 +123,7 @@ void kv_append(const KvLayer& layer, const TensorView& k, const TensorView& v,
   args.v_stride = v.stride[0];
   args.v_head_stride = v.stride[1];
   args.items = items;
+  args.key_scale = layer.key_scale;
   const auto kernel = cpu::active_cpu_kernels().kv_append;
   // A single token is not worth waking threads for.
   const int64_t grain =
@@ -159,6 +164,7 @@ void attention(const TensorView& out, const TensorView& q, const KvLayer& layer,
   args.scale = options.scale;
   args.window = options.window;
   args.query_scale = options.query_scale;
+  args.key_scale = layer.key_scale;
 
   // Tiles: up to kAttentionRows rows with all their parts, the longest first.
   const Workspace::Scope scope(context.workspace);

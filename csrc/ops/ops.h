@@ -105,7 +105,11 @@ struct KvLayer {
   int64_t page_stride;  // bytes
   int64_t page_tokens;
   int64_t num_kv_heads, head_dim;
-  DType dtype;  // F32 | BF16
+  DType dtype;  // F32 | BF16 | I8
+  /// I8 only: [num_kv_heads, head_dim] positive factors that keys are divided by before they are
+  /// rounded, and queries multiplied with, or null. They keep a channel that is large in every key
+  /// from taking the precision of the others.
+  const float* key_scale = nullptr;
 };
 
 /// Bytes of one page of one layer.

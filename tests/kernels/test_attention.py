@@ -17,19 +17,26 @@ SHAPES = [(2, 2, 64), (14, 2, 64), (4, 1, 128), (3, 1, 80), (6, 2, 96)]
 # Every length with one shape, every shape with one length.
 CASES = [(tokens, (7, 1, 64)) for tokens in (1, 15, 16, 17, 63, 64, 65, 200, 700)]
 CASES += [(277, shape) for shape in SHAPES]
-DTYPES = ["f32", "bf16"]
-TORCH_DTYPE = {"f32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = ["f32", "bf16", "int8"]
 
 
 class Cache:
     """Sequences of one layer in pages whose order is shuffled and whose free slots are NaN."""
 
-    def __init__(self, kv_heads: int, head_dim: int, dtype: str, pages: int, page_tokens: int = 64):
+    def __init__(
+        self,
+        kv_heads: int,
+        head_dim: int,
+        dtype: str,
+        pages: int,
+        page_tokens: int = 64,
+        key_scale: torch.Tensor | None = None,
+    ):
         words = ops.kv_page_bytes(page_tokens, kv_heads, head_dim, dtype) // 4
         pool = torch.full(
             (pages, words), -1, dtype=torch.int32
         )  # all bits set: NaN in f32 and bf16
-        self.pages = ops.KvPages(pool, page_tokens, kv_heads, head_dim, dtype)
+        self.pages = ops.KvPages(pool, page_tokens, kv_heads, head_dim, dtype, key_scale)
         self.free = torch.randperm(pages, generator=torch.Generator().manual_seed(pages)).tolist()
         self.tables: dict[int, list[int]] = {}
         self.lengths: dict[int, int] = {}
@@ -84,15 +91,29 @@ def reference(q, k, v, window=0, query_scale=None):
     return torch.einsum("hqk,khd->qhd", probs, v)
 
 
-def check(out, q, k, v, dtype, **options):
+def rounded_to_int8(x):
+    """x with 8 bits and a scale for each token and head."""
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return torch.where(scale > 0, torch.round(x / scale) * scale, 0)
+
+
+def as_stored(x, dtype, factors=None):
+    """What a cache of `dtype` holds of x, in float32."""
+    if dtype != "int8":
+        return x.to(torch.float32 if dtype == "f32" else torch.bfloat16).float()
+    return rounded_to_int8(x) if factors is None else rounded_to_int8(x / factors) * factors
+
+
+def check(out, q, k, v, dtype, key_scale=None, **options):
     """The truth sees the keys and values as they were stored."""
-    stored = TORCH_DTYPE[dtype]
-    k, v = k.to(stored), v.to(stored)
+    k, v = as_stored(k, dtype, key_scale), as_stored(v, dtype)
     ref = reference(q.double(), k.double(), v.double(), **options)
-    base = reference(q.to(stored), k, v, **options)
-    # The result is float32, but as accurate as its cache: measured in the cache's unit.
+    # The result is float32, but as accurate as its cache: measured in the cache's unit. An int8
+    # cache is multiplied as bf16.
+    unit = torch.float32 if dtype == "f32" else torch.bfloat16
+    base = reference(q.to(unit), k.to(unit), v.to(unit), **options)
     assert torch.isfinite(out).all()
-    assert_contraction(out.to(stored), ref, base)
+    assert_contraction(out.to(unit), ref, base)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -183,7 +204,7 @@ def test_batch_and_threads_do_not_change_a_bit(isa, rng, shape, dtype):
         assert all(torch.equal(shuffled[i], batched[i]) for i in batched)
     for i, out in batched.items():
         ref = reference(*(x.double() for x in data[i]))[-queries[i] :]
-        assert (out.double() - ref).abs().max() < (0.03 if dtype == "bf16" else 1e-5)
+        assert (out.double() - ref).abs().max() < (1e-5 if dtype == "f32" else 0.03)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -240,6 +261,46 @@ def test_reused_page_forgets_its_owner(isa, rng, dtype):
     check(ops.attention(q, cache.pages, spans), q, k, v, dtype)
 
 
+@pytest.mark.parametrize("tokens", [1, 33, 300])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_key_scale_saves_the_other_channels(isa, rng, shape, tokens):
+    """One channel of the keys is a hundred times as large as the others, as Qwen2's biases make."""
+    q, k, v = random_qkv(rng, tokens, shape)
+    k[..., 3] += 100.0
+    key_scale = torch.ones(shape[1], shape[2])
+    key_scale[:, 3] = 50.0
+    errors = []
+    for factors in (None, key_scale):
+        cache = Cache(shape[1], shape[2], "int8", pages=5, key_scale=factors)
+        out = ops.attention(q, cache.pages, cache.append([(0, k, v)]))
+        check(out, q, k, v, "int8", key_scale=factors)
+        exact = reference(q.double(), k.double(), as_stored(v, "int8").double())
+        errors.append((out - exact).square().mean().item())
+    assert tokens == 1 or errors[1] < errors[0] / 4
+
+
+@pytest.mark.parametrize("values", [0.0, 3.0, 1e-38, 1e30])
+def test_int8_of_constant_and_extreme_rows(isa, values):
+    """All elements alike: the code is 127, or nothing where the scale would be too small."""
+    q, k = torch.ones(5, 2, 32), torch.zeros(5, 1, 32)
+    v = torch.full((5, 1, 32), values)
+    cache = Cache(1, 32, "int8", pages=1)
+    out = ops.attention(q, cache.pages, cache.append([(0, k, v)]))
+    assert torch.allclose(out, torch.full_like(out, values), rtol=2**-7, atol=1e-37)
+    cache = Cache(1, 32, "int8", pages=1)
+    out = ops.attention(q, cache.pages, cache.append([(0, v, q[:, :1])]), scale=1e-30)
+    assert torch.allclose(out, torch.ones_like(out), rtol=2**-7)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_int8_keeps_what_is_not_finite(isa, rng, value):
+    q, k, v = random_qkv(rng, 40, (2, 1, 64))
+    v[20, 0, 7] = value
+    cache = Cache(1, 64, "int8", pages=1)
+    out = ops.attention(q, cache.pages, cache.append([(0, k, v)]))
+    assert torch.isnan(out[20:]).all()
+
+
 def test_errors_name_the_value(rng):
     shape = (4, 2, 64)
     q, k, v = random_qkv(rng, 3, shape)
@@ -249,8 +310,12 @@ def test_errors_name_the_value(rng):
         ops.kv_page_bytes(40, 2, 64, "f32")
     with pytest.raises(ValueError, match="head_dim is 72, expected a multiple of 16"):
         ops.kv_page_bytes(64, 2, 72, "f32")
-    with pytest.raises(ValueError, match="dtype is f16, expected f32 or bf16"):
+    with pytest.raises(ValueError, match="kv_dtype is 'f16', expected f32, bf16 or int8"):
         ops.kv_page_bytes(64, 2, 64, "f16")
+    with pytest.raises(ValueError, match=r"key_scale is f32\[2, 32\], expected dense f32\[2, 64\]"):
+        ops.attention(q, cache.pages._replace(key_scale=torch.ones(2, 32)), spans)
+    with pytest.raises(ValueError, match="key_scale is given for a cache of f32, expected int8"):
+        ops.attention(q, cache.pages._replace(key_scale=torch.ones(2, 64)), spans)
     with pytest.raises(ValueError, match="q has 3 heads, expected a multiple of the 2 kv heads"):
         ops.attention(q[:, :3], cache.pages, spans)
     with pytest.raises(ValueError, match=r"k is f32\[3, 1, 64\], expected 2 heads"):

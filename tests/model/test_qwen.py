@@ -66,11 +66,13 @@ def test_bf16_checkpoint_is_used_in_place(tmp_path):
     assert_contraction(actual, reference, base)
 
 
-@pytest.mark.parametrize("weights", FORMATS)
-def test_results_do_not_depend_on_batch_chunks_or_threads(tmp_path, isa, weights):
+@pytest.mark.parametrize(
+    "weights, kv_dtype", [*((weights, "auto") for weights in FORMATS), ("int8", "int8")]
+)
+def test_results_do_not_depend_on_batch_chunks_or_threads(tmp_path, isa, weights, kv_dtype):
     make_checkpoint(tmp_path, "qwen3", dtype=torch.bfloat16)
     ids = random_ids(90)
-    llm = LLM(tmp_path, weights=weights, invariant=True, threads=1)
+    llm = LLM(tmp_path, weights=weights, kv_dtype=kv_dtype, invariant=True, threads=1)
     whole = llm.logits(ids)
 
     def engine(threads: int, chunk: int) -> _C.Engine:

@@ -14,7 +14,7 @@
 //
 //   accumulation: float32 throughout; level amx with bf16 pages rounds q and p to bf16 and
 //   multiplies with tiles (2 x 2 accumulators); everything else multiplies with fma on widened
-//   pages
+//   pages; int8 pages become bf16 block by block, in L1
 //   bytes per item and key: 2 * head_dim * sizeof(T), read from the cache once for all rows
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/vec.h"
@@ -48,6 +48,8 @@ struct Softmax {
 };
 
 struct alignas(64) Scratch {
+  bf16 keys[kBlock * kAttentionMaxHeadDim];  // of a block of int8 pages
+  bf16 values[kBlock * kAttentionMaxHeadDim];
   float scores[2][kAttentionRows * kScoreStride];
   bf16 probs[2][kAttentionRows * kBlock];
   float query[kAttentionRows * kAttentionMaxHeadDim];
@@ -69,6 +71,8 @@ struct Block {
   bool starts_part, ends_part;
   const char* keys[kGroups];
   const char* values[kGroups];
+  const float* key_scales[kGroups];  // int8 pages only
+  const float* value_scales[kGroups];
 };
 
 /// The blocks [begin, end) that an item needs, numbered from the start of the sequence.
@@ -98,18 +102,70 @@ Block locate(const AttentionArgs& a, const AttentionItem& item, const Scratch& s
   block.ends_part = index + 1 == range.end || (index + 1) % kPerPart == 0;
   block.visible_to_all = block.first_key >= s.keys_begin[item.rows - 1] &&
                          block.first_key + block.groups * kGroup <= s.keys_end[0];
-  const int64_t value_bytes =
-      a.kv.head_dim * (a.kv.dtype == DType::F32 ? 4 : 2);  // of one key, in either layout
+  const int64_t size = static_cast<int64_t>(dtype_size(a.kv.dtype));
+  const int64_t key_bytes = a.kv.dtype == DType::I8 ? a.kv.value_offset / a.kv.page_tokens : 4;
   for (int g = 0; g < block.groups; ++g) {
     const int64_t key = block.first_key + g * kGroup;
     const int64_t slot = key % a.kv.page_tokens;
     const char* head = a.base + item.page_table[key / a.kv.page_tokens] * a.page_stride +
                        item.kv_head * a.kv.head_bytes;
-    block.keys[g] = head + slot * 4;
-    block.values[g] = head + a.kv.value_offset + slot * value_bytes;
+    block.keys[g] = head + slot * key_bytes;
+    block.values[g] = head + a.kv.value_offset + slot * a.kv.head_dim * size;
+    if (a.kv.dtype == DType::I8) {
+      block.key_scales[g] = reinterpret_cast<const float*>(head + a.kv.scale_offset) + slot;
+      block.value_scales[g] = block.key_scales[g] + a.kv.page_tokens;
+    }
   }
   return block;
 }
+
+/// The keys of a block of int8 pages as bf16 pairs [key_dims / 2][32][2] a group.
+template <typename Path>
+void dequantize_keys(const AttentionArgs& a, Block& block, Scratch& s) {
+  constexpr int kVecsOfRow = 2 * kGroup / Vec::kLanes;
+  const int64_t dims = a.kv.value_offset / a.kv.page_tokens;
+  for (int g = 0; g < block.groups; ++g) {
+    const int8_t* codes = reinterpret_cast<const int8_t*>(block.keys[g]);
+    bf16* const wide = s.keys + g * kGroup * dims;
+    float pairs[2 * kGroup];
+    for (int key = 0; key < kGroup; ++key) {
+      pairs[2 * key] = pairs[2 * key + 1] = block.key_scales[g][key];
+    }
+    Vec scale[kVecsOfRow];
+    for (int i = 0; i < kVecsOfRow; ++i) scale[i] = Vec::load(pairs + i * Vec::kLanes);
+    for (int64_t row = 0; row < kGroup * dims; row += 2 * kGroup) {
+      for (int i = 0; i < kVecsOfRow; i += 2) {
+        const int64_t at = row + i * Vec::kLanes;
+        Path::narrow(Vec::load(codes + at) * scale[i],
+                     Vec::load(codes + at + Vec::kLanes) * scale[i + 1], wide + at);
+      }
+    }
+    block.keys[g] = reinterpret_cast<const char*>(wide);
+  }
+}
+
+/// The values of a block of int8 pages as bf16 pairs [16][head_dim][2] a group.
+template <typename Path>
+void dequantize_values(const AttentionArgs& a, Block& block, Scratch& s) {
+  for (int g = 0; g < block.groups; ++g) {
+    const int8_t* codes = reinterpret_cast<const int8_t*>(block.values[g]);
+    bf16* const wide = s.values + g * kGroup * a.kv.head_dim;
+    for (int key = 0; key < kGroup; key += 2) {
+      float pairs[Vec::kLanes];
+      for (int i = 0; i < Vec::kLanes; ++i) pairs[i] = block.value_scales[g][key + i % 2];
+      const Vec scale = Vec::load(pairs);
+      const int64_t end = (key + 2) * a.kv.head_dim;
+      for (int64_t at = key * a.kv.head_dim; at < end; at += 2 * Vec::kLanes) {
+        Path::narrow(Vec::load(codes + at) * scale, Vec::load(codes + at + Vec::kLanes) * scale,
+                     wide + at);
+      }
+    }
+    block.values[g] = reinterpret_cast<const char*>(wide);
+  }
+}
+
+/// Keys from one dim, or pair of dims, to the next in what the paths multiply.
+int64_t key_stride(const KvGeometry& kv) { return kv.dtype == DType::I8 ? kGroup : kv.page_tokens; }
 
 /// Scores outside [keys_begin, keys_end) become -inf.
 void mask_row(const Block& block, int64_t keys_begin, int64_t keys_end, float* scores) {
@@ -321,6 +377,10 @@ struct VecPath {
     high.store(probs + Vec::kLanes);
     return total + (low + high);
   }
+  static QN_INLINE void narrow(Vec low, Vec high, bf16* wide) {
+    low.store(wide);
+    high.store(wide + Vec::kLanes);
+  }
 
   static void load_query(const float* q, Vec scale, int64_t head_dim, int row, const AttentionItem&,
                          Scratch& s) {
@@ -333,7 +393,11 @@ struct VecPath {
     const BlockRange range = blocks_of(item, s);
     Softmax& softmax = s.softmax[0];
     for (int64_t index = range.begin; index < range.end; ++index) {
-      const Block block = locate(a, item, s, range, index);
+      Block block = locate(a, item, s, range, index);
+      if (a.kv.dtype == DType::I8) {
+        dequantize_keys<VecPath>(a, block, s);
+        dequantize_values<VecPath>(a, block, s);
+      }
       if (block.starts_part) start_part(softmax, item.rows);
       start_block(softmax, item.rows);
       multiply_keys(a, item, block, s);
@@ -368,7 +432,7 @@ struct VecPath {
       const T* keys = reinterpret_cast<const T*>(block.keys[g]);
       for (int key = 0; key < kGroup; key += kStep) {
         multiply<T, kVecs>(item.rows, s.query, a.kv.head_dim, keys + key * kInterleave,
-                           a.kv.page_tokens, a.kv.head_dim, s.scores[0] + g * kGroup + key,
+                           key_stride(a.kv), a.kv.head_dim, s.scores[0] + g * kGroup + key,
                            kScoreStride, false);
       }
     }
@@ -426,6 +490,10 @@ struct TilePath {
     return _mm512_dpbf16_ps(total.v, pairs, ones);
   }
 
+  static QN_INLINE void narrow(Vec low, Vec high, bf16* wide) {
+    _mm512_storeu_si512(wide, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)));
+  }
+
   /// Packed [head_dim / 32][rows][32]; the last step is filled up with zeros.
   static void load_query(const float* q, Vec scale, int64_t head_dim, int row,
                          const AttentionItem& item, Scratch& s) {
@@ -434,7 +502,7 @@ struct TilePath {
       bf16* step = packed + dim * item.rows;
       const Vec low = Vec::load(q + dim) * scale;
       const Vec high = dim + 16 < head_dim ? Vec::load(q + dim + 16) * scale : Vec::zero();
-      _mm512_storeu_si512(step, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)));
+      narrow(low, high, step);
     }
   }
 
@@ -521,7 +589,7 @@ struct TilePath {
         : query_(reinterpret_cast<const char*>(s.query)),
           query_step_(item.rows * 64),
           head_dim_(a.kv.head_dim),
-          key_stride_(a.kv.page_tokens * 4),
+          key_stride_(key_stride(a.kv) * 4),
           depth_(static_cast<int>((head_dim_ + kDepth - 1) / kDepth)) {}
 
     void add_keys(const Block& block, float* scores) {
@@ -609,21 +677,26 @@ struct TilePath {
     Block blocks[3];  // by index % 3: the previous one, the one in softmax, the next one
     const auto block_at = [&](int64_t index) -> Block& { return blocks[index % 3]; };
     TileWork<M> tiles(a, item, s);
-    block_at(range.begin) = locate(a, item, s, range, range.begin);
-    tiles.add_keys(block_at(range.begin), s.scores[range.begin % 2]);
+    const auto add_keys = [&](int64_t index) {
+      Block& block = block_at(index);
+      block = locate(a, item, s, range, index);
+      if (a.kv.dtype == DType::I8) dequantize_keys<TilePath>(a, block, s);
+      tiles.add_keys(block, s.scores[index % 2]);
+    };
+    const auto add_values = [&](int64_t index) {
+      Block& block = block_at(index);
+      if (a.kv.dtype == DType::I8) dequantize_values<TilePath>(a, block, s);
+      tiles.add_values(block, s.probs[index % 2], results.out(block));
+    };
+    add_keys(range.begin);
     tiles.run_down_to(0);
     const Softmax* previous_softmax = nullptr;
     for (int64_t index = range.begin; index < range.end; ++index) {
       const Block& block = block_at(index);
       Softmax& softmax = s.softmax[block.first_key / kAttentionPart % 2];
-      if (index + 1 < range.end) {
-        block_at(index + 1) = locate(a, item, s, range, index + 1);
-        tiles.add_keys(block_at(index + 1), s.scores[(index + 1) % 2]);
-      }
+      if (index + 1 < range.end) add_keys(index + 1);
       const Block* previous = index > range.begin ? &block_at(index - 1) : nullptr;
-      if (previous) {
-        tiles.add_values(*previous, s.probs[(index - 1) % 2], results.out(*previous));
-      }
+      if (previous) add_values(index - 1);
       if (block.starts_part) start_part(softmax, item.rows);
       start_block(softmax, item.rows);
       // The steps still to do, in 1/65536.
@@ -642,10 +715,9 @@ struct TilePath {
       }
       previous_softmax = &softmax;
     }
-    const Block& last = block_at(range.end - 1);
-    tiles.add_values(last, s.probs[(range.end - 1) % 2], results.out(last));
+    add_values(range.end - 1);
     tiles.run_down_to(0);
-    results.finish(last, *previous_softmax);
+    results.finish(block_at(range.end - 1), *previous_softmax);
   }
 };
 #endif
@@ -657,8 +729,16 @@ void run_item(const AttentionArgs& a, const AttentionItem& item, Scratch& s) {
     const int64_t row = item.first_row + r, token = row / a.group;
     const int64_t head = item.kv_head * a.group + row % a.group;
     const float factor = a.query_scale ? a.query_scale[item.token + token] : 1.0f;
-    Path::load_query(a.q + (item.token + token) * a.q_stride + head * a.q_head_stride,
-                     Vec(a.scale * factor * kLog2E), a.kv.head_dim, r, item, s);
+    const float* q = a.q + (item.token + token) * a.q_stride + head * a.q_head_stride;
+    float multiplied[kAttentionMaxHeadDim];
+    if (a.key_scale != nullptr) {
+      const float* key_scale = a.key_scale + item.kv_head * a.kv.head_dim;
+      for (int64_t dim = 0; dim < a.kv.head_dim; dim += Vec::kLanes) {
+        (Vec::load(q + dim) * Vec::load(key_scale + dim)).store(multiplied + dim);
+      }
+      q = multiplied;
+    }
+    Path::load_query(q, Vec(a.scale * factor * kLog2E), a.kv.head_dim, r, item, s);
     s.keys_end[r] = item.position + token + 1;
     s.keys_begin[r] = a.window > 0 ? greatest(s.keys_end[r] - a.window, 0) : 0;
     s.total_sum[r] = 0;

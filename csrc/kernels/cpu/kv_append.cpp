@@ -1,17 +1,18 @@
 // Appends keys and values to pages of the KV cache (layouts: KvGeometry in args.h).
 //
-//   k, v [tokens, num_kv_heads, head_dim] f32; bf16 pages round to nearest even
+//   k, v [tokens, num_kv_heads, head_dim] f32; bf16 and int8 pages round to nearest even
 //   levels: all, through Vec for the conversion; the rest moves dwords or words
 //   bytes per token and kv head: reads 8 * head_dim, writes 2 * head_dim * sizeof(T), plus once a
 //   page its zeroing
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/vec.h"
+#include "kernels/cpu/vec_dot.h"
 
 namespace qn::cpu::QN_ISA {
 namespace {
 
 void append(const KvAppendItem& item, const KvGeometry& kv, char* head, const float* k,
-            int64_t k_stride, const float* v, int64_t v_stride, float*) {
+            int64_t k_stride, const float* v, int64_t v_stride, const float*, float*) {
   float* keys = reinterpret_cast<float*>(head) + item.slot;
   float* values = reinterpret_cast<float*>(head + kv.value_offset) + item.slot * kv.head_dim;
   for (int64_t dim = 0; dim < kv.head_dim; ++dim) {
@@ -24,7 +25,7 @@ void append(const KvAppendItem& item, const KvGeometry& kv, char* head, const fl
 }
 
 void append(const KvAppendItem& item, const KvGeometry& kv, char* head, const float* k,
-            int64_t k_stride, const float* v, int64_t v_stride, bf16*) {
+            int64_t k_stride, const float* v, int64_t v_stride, const float*, bf16*) {
   constexpr int64_t kTokens = 16;
   bf16 narrow[kTokens][kAttentionMaxHeadDim];
   const auto convert = [&](const float* source, int64_t stride, int64_t count) {
@@ -51,6 +52,55 @@ void append(const KvAppendItem& item, const KvGeometry& kv, char* head, const fl
   }
 }
 
+/// Writes round(x / scale) and returns scale = max|x| / 127: 0 for a row of zeros, NaN for one that
+/// has NaN or infinity.
+float quantize_row(const float* x, int64_t head_dim, int8_t* codes) {
+  Vec top = Vec::zero(), not_finite = Vec::zero();
+  for (int64_t dim = 0; dim < head_dim; dim += Vec::kLanes) {
+    const Vec part = Vec::load(x + dim);
+    top = max(top, abs(part));
+    not_finite = fma(part, Vec::zero(), not_finite);
+  }
+  const float scale = max(top) / 127.0f + sum(not_finite);
+  // Below that the inverse overflows, and the row adds nothing.
+  const bool negligible = !(scale >= 1e-36f);
+  const Vec inverse(negligible ? 0.0f : 1.0f / scale);
+  for (int64_t dim = 0; dim < head_dim; dim += Vec::kLanes) {
+    const Vec part = negligible ? Vec::zero() : Vec::load(x + dim);
+    store_rounded(part * inverse, codes + dim);
+  }
+  return negligible && scale == scale ? 0.0f : scale;
+}
+
+void append(const KvAppendItem& item, const KvGeometry& kv, char* head, const float* k,
+            int64_t k_stride, const float* v, int64_t v_stride, const float* key_scale, int8_t*) {
+  constexpr int64_t kGroup = 32;
+  int8_t codes[kAttentionMaxHeadDim];
+  float divided[kAttentionMaxHeadDim];
+  int8_t* const keys = reinterpret_cast<int8_t*>(head);
+  int8_t* const values = keys + kv.value_offset;
+  float* const scales = reinterpret_cast<float*>(head + kv.scale_offset);
+  const int64_t key_bytes = kv.value_offset / kv.page_tokens;
+  for (int64_t i = 0; i < item.count; ++i) {
+    const int64_t slot = item.slot + i;
+    const float* key = k + i * k_stride;
+    if (key_scale != nullptr) {
+      for (int64_t dim = 0; dim < kv.head_dim; dim += Vec::kLanes) {
+        (Vec::load(key + dim) / Vec::load(key_scale + dim)).store(divided + dim);
+      }
+      key = divided;
+    }
+    scales[slot] = quantize_row(key, kv.head_dim, codes);
+    int8_t* pairs = keys + slot / kGroup * kGroup * key_bytes + slot % kGroup * 2;
+    for (int64_t dim = 0; dim < kv.head_dim; dim += 2) {
+      memcpy(pairs + dim * kGroup, codes + dim, 2);
+    }
+    scales[kv.page_tokens + slot] = quantize_row(v + i * v_stride, kv.head_dim, codes);
+    int8_t* row = values + slot / 2 * kv.head_dim * 2 + slot % 2;
+    for (int64_t dim = 0; dim < kv.head_dim; ++dim) row[2 * dim] = codes[dim];
+  }
+}
+
 template <typename T>
 void append_items(const KvAppendArgs& a, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
@@ -60,6 +110,7 @@ void append_items(const KvAppendArgs& a, int64_t begin, int64_t end) {
     if (item.slot == 0) memset(head, 0, static_cast<size_t>(a.kv.head_bytes));
     append(item, a.kv, head, a.k + item.token * a.k_stride + kv_head * a.k_head_stride, a.k_stride,
            a.v + item.token * a.v_stride + kv_head * a.v_head_stride, a.v_stride,
+           a.key_scale == nullptr ? nullptr : a.key_scale + kv_head * a.kv.head_dim,
            static_cast<T*>(nullptr));
   }
 }
@@ -72,6 +123,8 @@ void kv_append(const KvAppendArgs& args, int64_t begin, int64_t end) {
       return append_items<float>(args, begin, end);
     case DType::BF16:
       return append_items<bf16>(args, begin, end);
+    case DType::I8:
+      return append_items<int8_t>(args, begin, end);
     default:
       __builtin_trap();
   }

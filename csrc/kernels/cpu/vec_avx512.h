@@ -23,6 +23,10 @@ struct Vec {
   static QN_INLINE Vec load(const bf16* p, int n) {
     return widen(_mm256_maskz_loadu_epi16(first(n), p));
   }
+  static QN_INLINE Vec load(const int8_t* p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+  }
   QN_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
   QN_INLINE void store(float* p, int n) const { _mm512_mask_storeu_ps(p, first(n), v); }
   QN_INLINE void store(bf16* p) const {

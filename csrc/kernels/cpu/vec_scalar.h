@@ -27,6 +27,11 @@ struct Vec {
     for (int i = 0; i < n; ++i) v.lane[i] = math::QN_ISA::bf16_to_float(narrow[i]);
     return v;
   }
+  static Vec load(const int8_t* p) {
+    Vec v;
+    for (int i = 0; i < kLanes; ++i) v.lane[i] = p[i];
+    return v;
+  }
   void store(float* p) const { store(p, kLanes); }
   void store(float* p, int n) const {
     for (int i = 0; i < n; ++i) p[i] = lane[i];
