@@ -101,14 +101,17 @@ struct UbsanLocation {
   uint32_t line, column;
 };
 
+// The access that follows would hit whatever lies there, if only the thread's own stack.
 void __ubsan_handle_out_of_bounds(UbsanLocation* where, uintptr_t index) {
   if (qn::simt::current == nullptr) return;
   qn::simt::report("array-index-out-of-bounds", QN_CALLER, "index %zd in %s:%u",
                    static_cast<ptrdiff_t>(index), where->file, where->line);
+  qn::simt::give_up();
 }
 void __ubsan_handle_type_mismatch_v1(UbsanLocation*, uintptr_t address) {
   if (qn::simt::current == nullptr) return;
   qn::simt::report("misaligned-access", QN_CALLER, "address %#zx", address);
+  qn::simt::give_up();
 }
 
 }  // extern "C"

@@ -217,13 +217,13 @@ inline T __reduce_xor_sync(unsigned mask, T value,
 #endif
 
 // Threads run one at a time and change only where they wait: plain code is atomic.
-#define QN_SIMT_ATOMIC(name, result)              \
-  template <typename T>                           \
-  inline QN_SIMT_MEMORY T name(T* p, T operand) { \
-    QN_SIMT_ACCESS(p, sizeof(T), Atomic);         \
-    const T old = *p;                             \
-    *p = result;                                  \
-    return old;                                   \
+#define QN_SIMT_ATOMIC(name, result)                                    \
+  template <typename T>                                                 \
+  inline QN_SIMT_MEMORY T name(T* p, std::type_identity_t<T> operand) { \
+    QN_SIMT_ACCESS(p, sizeof(T), Atomic);                               \
+    const T old = *p;                                                   \
+    *p = result;                                                        \
+    return old;                                                         \
   }
 QN_SIMT_ATOMIC(atomicAdd, old + operand)
 QN_SIMT_ATOMIC(atomicMax, old < operand ? operand : old)
@@ -236,7 +236,8 @@ QN_SIMT_ATOMIC(atomicInc, old >= operand ? 0 : old + 1)
 #undef QN_SIMT_ATOMIC
 
 template <typename T>
-inline QN_SIMT_MEMORY T atomicCAS(T* p, T expected, T desired) {
+inline QN_SIMT_MEMORY T atomicCAS(T* p, std::type_identity_t<T> expected,
+                                  std::type_identity_t<T> desired) {
   QN_SIMT_ACCESS(p, sizeof(T), Atomic);
   const T old = *p;
   if (old == expected) *p = desired;
