@@ -20,6 +20,25 @@ struct RmsNormArgs {
   DType weight_dtype;  // F32 | BF16
 };
 
+/// Rows whose share of dweight is summed one after the other; the sums of the blocks are then added
+/// pairwise, so that the result depends on the number of rows alone.
+constexpr int64_t kNormBlock = 32;
+
+struct RmsNormBwdArgs {
+  void* dx;                   // [rows, cols]
+  void* dweight;              // [cols]
+  float* partial;             // [ceil(rows / kNormBlock), cols]
+  const void* dy;             // [rows, cols]
+  const void* x;              // [rows, cols]
+  const void* residual_grad;  // [rows, cols], added to dx, or null
+  const void* weight;         // [cols]
+  int64_t rows, cols;
+  int64_t dx_stride, dy_stride, x_stride, residual_stride;  // elements between rows
+  float eps;
+  DType dtype;         // of dx, dy, x and residual_grad: F32 | BF16
+  DType weight_dtype;  // of weight and dweight: F32 | BF16
+};
+
 struct RopeArgs {
   void* x;           // [tokens, heads, head_dim], in-out
   const float* cos;  // [tokens, half]
@@ -41,6 +60,28 @@ struct SwigluArgs {
   int64_t inter;
   int64_t out_stride, gate_stride, up_stride;
   DType dtype;  // of all three: F32 | BF16
+};
+
+struct SwigluBwdArgs {
+  void* dgate;       // [tokens, inter]
+  void* dup;         // [tokens, inter]
+  const void* dout;  // [tokens, inter]
+  const void* gate;  // [tokens, inter]
+  const void* up;    // [tokens, inter]
+  int64_t inter;
+  int64_t dgate_stride, dup_stride, dout_stride, gate_stride, up_stride;
+  DType dtype;  // of all five: F32 | BF16
+};
+
+struct SoftmaxXentArgs {
+  float* log_prob;         // [rows]
+  void* logits;            // [rows, vocab], in-out
+  const int32_t* targets;  // [rows], in [0, vocab), or -1: no target
+  const float* grad;       // [rows], of log_prob, or null: logits stay as they are
+  int64_t vocab;
+  int64_t logits_stride;  // elements between rows
+  float scale;            // of the logits
+  DType dtype;            // of logits: F32 | BF16
 };
 
 struct GatherArgs {

@@ -18,6 +18,15 @@ namespace qn::ops {
 void rms_norm(const TensorView& out, const TensorView& x, const TensorView& weight, float eps,
               const TensorView* residual, const ExecContext& context);
 
+/// The gradients of rms_norm. With n = 1 / sqrt(mean(x^2) + eps) and g = dy * weight:
+///   dx = n * (g - x * n^2 * mean(g * x)) + residual_grad, dweight = sum over the rows of dy * x * n
+/// After a norm with a residual, x is the sum and residual_grad the sum's other gradient. The order
+/// of the summation over the rows depends on their number alone.
+///   dx, dy, x, residual_grad [rows, cols] f32|bf16, last axis dense; weight, dweight [cols] f32|bf16
+void rms_norm_bwd(const TensorView& dx, const TensorView& dweight, const TensorView& dy,
+                  const TensorView& x, const TensorView& weight, float eps,
+                  const TensorView* residual_grad, const ExecContext& context);
+
 /// Rotates the pairs (i, i + rope_dim / 2) of every head in place: (a, b) -> (a cos - b sin, b cos
 /// + a sin). Elements from rope_dim on stay as they are.
 ///   x [tokens, heads, head_dim] f32|bf16, last axis dense; cos, sin [tokens, rope_dim / 2] f32
@@ -28,6 +37,20 @@ void rope(const TensorView& x, const TensorView& cos, const TensorView& sin,
 ///   out, gate, up [tokens, inter] f32|bf16, last axis dense; out may be gate or up
 void swiglu(const TensorView& out, const TensorView& gate, const TensorView& up,
             const ExecContext& context);
+
+/// The gradients of swiglu: with s = sigmoid(gate), dup = dout * gate * s and
+/// dgate = dout * up * s * (1 + gate * (1 - s)).
+///   all [tokens, inter] f32|bf16, last axis dense; dgate and dup may be dout, gate or up
+void swiglu_bwd(const TensorView& dgate, const TensorView& dup, const TensorView& dout,
+                const TensorView& gate, const TensorView& up, const ExecContext& context);
+
+/// log_prob[r] = log(softmax(scale * logits[r]))[targets[r]], 0 where the target is -1. With `grad`
+/// (the gradient of log_prob) the logits are replaced by their gradient,
+/// grad[r] * scale * (one_hot(targets[r]) - softmax(scale * logits[r])), zeros where there is no
+/// target.
+///   log_prob, grad [rows] f32; logits [rows, vocab] f32|bf16, last axis dense; targets [rows] i32
+void softmax_xent(const TensorView& log_prob, const TensorView& logits, const TensorView& targets,
+                  float scale, const TensorView* grad, const ExecContext& context);
 
 /// out[t] = row ids[t] of the table, dequantised. Ids outside [0, table.rows) throw.
 ///   out [tokens, table.cols] f32; ids [tokens] i32

@@ -38,6 +38,11 @@ struct CpuKernels {
   void (*rms_norm)(const RmsNormArgs&, int64_t begin, int64_t end);  // rows
   void (*rope)(const RopeArgs&, int64_t begin, int64_t end);         // tokens
   void (*swiglu)(const SwigluArgs&, int64_t begin, int64_t end);  // blocks of kSwigluBlock columns
+  void (*rms_norm_bwd)(const RmsNormBwdArgs&, int64_t begin, int64_t end);  // blocks of kNormBlock
+  /// Adds up dweight; blocks of kReduceBlock columns.
+  void (*rms_norm_bwd_weight)(const RmsNormBwdArgs&, int64_t begin, int64_t end);
+  void (*swiglu_bwd)(const SwigluBwdArgs&, int64_t begin, int64_t end);  // blocks, as swiglu
+  void (*softmax_xent)(const SoftmaxXentArgs&, int64_t begin, int64_t end);  // rows
   void (*gather)(const GatherArgs&, int64_t begin, int64_t end);  // tokens
 
   /// Blocks of kReduceBlock elements.
@@ -85,6 +90,10 @@ void fill(CpuKernels& table);
 void rms_norm(const RmsNormArgs& args, int64_t begin, int64_t end);
 void rope(const RopeArgs& args, int64_t begin, int64_t end);
 void swiglu(const SwigluArgs& args, int64_t begin, int64_t end);
+void rms_norm_bwd(const RmsNormBwdArgs& args, int64_t begin, int64_t end);
+void rms_norm_bwd_weight(const RmsNormBwdArgs& args, int64_t begin, int64_t end);
+void swiglu_bwd(const SwigluBwdArgs& args, int64_t begin, int64_t end);
+void softmax_xent(const SoftmaxXentArgs& args, int64_t begin, int64_t end);
 void gather(const GatherArgs& args, int64_t begin, int64_t end);
 void block_max(const BlockReduceArgs& args, int64_t begin, int64_t end);
 void block_exp_sum(const BlockReduceArgs& args, int64_t begin, int64_t end);

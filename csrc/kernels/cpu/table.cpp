@@ -9,6 +9,10 @@ void fill(CpuKernels& table) {
   table.kv_append = kv_append;
   table.rope = rope;
   table.swiglu = swiglu;
+  table.rms_norm_bwd = rms_norm_bwd;
+  table.rms_norm_bwd_weight = rms_norm_bwd_weight;
+  table.swiglu_bwd = swiglu_bwd;
+  table.softmax_xent = softmax_xent;
   table.gather = gather;
   table.block_max = block_max;
   table.block_exp_sum = block_exp_sum;
