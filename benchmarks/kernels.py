@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -14,10 +14,11 @@ import numpy as np  # noqa: E402
 import quant_reference  # noqa: E402
 import torch  # noqa: E402
 from gguf_blocks import block, decoded, random_tensor  # noqa: E402
+from gradients import assert_gradients  # noqa: E402
 from harness import Case, Run  # noqa: E402
 from tolerance import assert_contraction, assert_pointwise  # noqa: E402
 
-from qwen_native import ops  # noqa: E402
+from qwen_native import ops, reference  # noqa: E402
 
 HIDDEN, INTER = 3584, 18944  # Qwen2.5-7B
 
@@ -312,6 +313,76 @@ def swiglu_cases() -> Iterator[Case]:
             yield Case("swiglu", label, lambda t=tokens, d=dtype: make(t, d), size)
 
 
+def _backward(
+    out: torch.Tensor, inputs: list[torch.Tensor], dout: torch.Tensor
+) -> Callable[[], tuple[torch.Tensor, ...]]:
+    return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
+
+
+def rms_norm_bwd_cases() -> Iterator[Case]:
+    def make(tokens: int, dtype: torch.dtype) -> Run:
+        x, dy = torch.randn(2, tokens, HIDDEN).to(dtype)
+        weight = torch.randn(HIDDEN).to(dtype)
+        leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        plain = _backward(torch.nn.functional.rms_norm(leaves[0], (HIDDEN,), leaves[1]), leaves, dy)
+
+        def check(grads: tuple[torch.Tensor, ...]) -> None:
+            wide = (x, weight)
+            assert_gradients(grads, lambda x, w: reference.rms_norm(x, w, 1e-6), wide, dy)
+
+        return Run(lambda: ops.rms_norm_bwd(dy, x, weight), plain, check)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        size = 3 * 512 * HIDDEN * dtype.itemsize
+        yield Case(
+            "rms_norm_bwd", f"512x{HIDDEN} {_name(dtype)}", lambda d=dtype: make(512, d), size
+        )
+
+
+def swiglu_bwd_cases() -> Iterator[Case]:
+    def make(tokens: int, dtype: torch.dtype) -> Run:
+        gate, up, dout = torch.randn(3, tokens, INTER).to(dtype)
+        leaves = [gate.clone().requires_grad_(), up.clone().requires_grad_()]
+        plain = _backward(torch.nn.functional.silu(leaves[0]) * leaves[1], leaves, dout)
+
+        def check(grads: tuple[torch.Tensor, ...]) -> None:
+            assert_gradients(grads, reference.swiglu, (gate, up), dout)
+
+        return Run(lambda: ops.swiglu_bwd(dout, gate, up), plain, check)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        size = 5 * 512 * INTER * dtype.itemsize
+        yield Case("swiglu_bwd", f"512x{INTER} {_name(dtype)}", lambda d=dtype: make(512, d), size)
+
+
+def softmax_xent_cases() -> Iterator[Case]:
+    rows, vocab = 32, 151936
+
+    def make(dtype: torch.dtype) -> Run:
+        logits = (torch.randn(rows, vocab) * 3).to(dtype)
+        targets = torch.randint(0, vocab, (rows,))
+        native, narrow = logits.clone(), targets.int()
+        grad = torch.full((rows,), -1.0)
+
+        def plain() -> torch.Tensor:
+            leaf = logits.clone().requires_grad_()
+            loss = torch.nn.functional.cross_entropy(leaf.float(), targets, reduction="sum")
+            return torch.autograd.grad(loss, leaf)[0]
+
+        def check(_: torch.Tensor) -> None:
+            out = logits.clone()
+            ops.softmax_xent(out, narrow, 1.0, grad)
+            ref = logits.double().softmax(-1)
+            ref[torch.arange(rows), targets] -= 1
+            assert_contraction(out, ref, plain(), 3.0)
+
+        return Run(lambda: ops.softmax_xent(native, narrow, 1.0, grad), plain, check)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        size = 2 * rows * vocab * dtype.itemsize
+        yield Case("softmax_xent", f"{rows}x{vocab} {_name(dtype)}", lambda d=dtype: make(d), size)
+
+
 @functools.cache
 def _encoded(fmt: str, rows: int, cols: int) -> np.ndarray:
     return quant_reference.encode(fmt, torch.randn(rows, cols).numpy())
@@ -378,6 +449,9 @@ CASES = [
     *kv_append_cases(),
     *rope_cases(),
     *swiglu_cases(),
+    *rms_norm_bwd_cases(),
+    *swiglu_bwd_cases(),
+    *softmax_xent_cases(),
     *gather_cases(),
     *sampling_cases(),
     *linear_quantized_cases(),

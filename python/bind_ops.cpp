@@ -118,25 +118,25 @@ void register_ops(py::module_& module) {
     py::gil_scoped_release unlocked;
     ops::swiglu(out.view, gate.view, up.view, op_context());
   });
-  module.def("rms_norm_bwd", [](const PyTensor& dx, const PyTensor& dweight, const PyTensor& dy,
-                                const PyTensor& x, const PyTensor& weight, float eps,
-                                const std::optional<PyTensor>& residual_grad) {
-    py::gil_scoped_release unlocked;
-    ops::rms_norm_bwd(dx.view, dweight.view, dy.view, x.view, weight.view, eps,
-                      residual_grad ? &residual_grad->view : nullptr, op_context());
-  });
+  module.def("rms_norm_bwd",
+             [](const PyTensor& dx, const PyTensor& dweight, const PyTensor& dy, const PyTensor& x,
+                const PyTensor& weight, float eps, const std::optional<PyTensor>& residual_grad) {
+               py::gil_scoped_release unlocked;
+               ops::rms_norm_bwd(dx.view, dweight.view, dy.view, x.view, weight.view, eps,
+                                 residual_grad ? &residual_grad->view : nullptr, op_context());
+             });
   module.def("swiglu_bwd", [](const PyTensor& dgate, const PyTensor& dup, const PyTensor& dout,
                               const PyTensor& gate, const PyTensor& up) {
     py::gil_scoped_release unlocked;
     ops::swiglu_bwd(dgate.view, dup.view, dout.view, gate.view, up.view, op_context());
   });
-  module.def("softmax_xent", [](const PyTensor& log_prob, const PyTensor& logits,
-                                const PyTensor& targets, float scale,
-                                const std::optional<PyTensor>& grad) {
-    py::gil_scoped_release unlocked;
-    ops::softmax_xent(log_prob.view, logits.view, targets.view, scale, grad ? &grad->view : nullptr,
-                      op_context());
-  });
+  module.def("softmax_xent",
+             [](const PyTensor& log_prob, const PyTensor& logits, const PyTensor& targets,
+                float scale, const std::optional<PyTensor>& grad) {
+               py::gil_scoped_release unlocked;
+               ops::softmax_xent(log_prob.view, logits.view, targets.view, scale,
+                                 grad ? &grad->view : nullptr, op_context());
+             });
   module.def("mlp", [](const PyTensor& out, const PyTensor& x, const PyWeight& gate,
                        const PyWeight& up, const PyWeight& down, bool invariant) {
     py::gil_scoped_release unlocked;

@@ -152,6 +152,76 @@ def swiglu(gate: Any, up: Any, out: Any | None = None) -> Any:
     return result
 
 
+def rms_norm_bwd(
+    dy: Any, x: Any, weight: Any, eps: float = 1e-6, residual_grad: Any | None = None
+) -> tuple[Any, Any]:
+    """Return the gradients (dx, dweight) of `rms_norm`.
+
+    The sum over the rows is taken in an order that depends on their number alone.
+
+    Args:
+        dy: [rows, cols], gradient of the norm's result, f32 | bf16, last axis dense.
+        x: like dy; after a norm with a residual the sum.
+        weight: [cols], f32 | bf16.
+        eps: added to the mean square.
+        residual_grad: like x, another gradient of x, which is added to dx; or None.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    dy, x, weight = _detach(dy), _detach(x), _detach(weight)
+    dx, dweight = _empty(x, tuple(x.shape)), _empty(weight, tuple(weight.shape))
+    other = None if residual_grad is None else _detach(residual_grad)
+    _C.rms_norm_bwd(dx, dweight, dy, x, weight, eps, other)
+    return dx, dweight
+
+
+def swiglu_bwd(dout: Any, gate: Any, up: Any) -> tuple[Any, Any]:
+    """Return the gradients (dgate, dup) of `swiglu`.
+
+    Args:
+        dout: [tokens, inter], gradient of the result, f32 | bf16, last axis dense.
+        gate, up: like dout.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    dout, gate, up = _detach(dout), _detach(gate), _detach(up)
+    dgate, dup = _empty(gate, tuple(gate.shape)), _empty(up, tuple(up.shape))
+    _C.swiglu_bwd(dgate, dup, dout, gate, up)
+    return dgate, dup
+
+
+def softmax_xent(logits: Any, targets: Any, scale: float = 1.0, grad: Any | None = None) -> Any:
+    """Return `log(softmax(scale * logits))` at each row's target.
+
+    With `grad` the logits are replaced by their gradient,
+    `grad * scale * (one_hot(target) - softmax(scale * logits))`.
+
+    Args:
+        logits: [rows, vocab], f32 | bf16, last axis dense; overwritten when there is a grad.
+        targets: [rows], int32 in [0, vocab), or -1: the result is 0 and the gradient zeros.
+        scale: factor of the logits, positive: 1 / temperature.
+        grad: [rows], f32, gradient of the result, or None.
+
+    Returns:
+        [rows], f32.
+
+    Raises:
+        ValueError: a target is not in the vocabulary, or a shape or dtype does not fit.
+    """
+    logits = _detach(logits)
+    rows = int(logits.shape[0])
+    if isinstance(logits, np.ndarray):
+        log_prob: Any = np.empty(rows, np.float32)
+    else:
+        log_prob = logits.new_empty(rows).float()
+    _C.softmax_xent(
+        log_prob, logits, _detach(targets), scale, None if grad is None else _detach(grad)
+    )
+    return log_prob
+
+
 def mlp(out: Any, x: Any, gate: Any, up: Any, down: Any, *, invariant: bool = False) -> Any:
     """Add a gated MLP to the residual stream: `out += (silu(x @ gate.T) * (x @ up.T)) @ down.T`.
 

@@ -28,6 +28,10 @@ class Group:
 
 
 GROUPS = {
+    "rms_norm_bwd": Group(
+        ("rms_norm_bwd",),
+        {"rms_norm_bwd": "rms_norm_bwd", "rms_norm_bwd_weight": "rms_norm_bwd"},
+    ),
     "linear": Group(
         ("linear",),
         {

@@ -19,10 +19,12 @@ void rms_norm(const TensorView& out, const TensorView& x, const TensorView& weig
               const TensorView* residual, const ExecContext& context);
 
 /// The gradients of rms_norm. With n = 1 / sqrt(mean(x^2) + eps) and g = dy * weight:
-///   dx = n * (g - x * n^2 * mean(g * x)) + residual_grad, dweight = sum over the rows of dy * x * n
+///   dx = n * (g - x * n^2 * mean(g * x)) + residual_grad, dweight = sum over the rows of dy * x *
+///   n
 /// After a norm with a residual, x is the sum and residual_grad the sum's other gradient. The order
 /// of the summation over the rows depends on their number alone.
-///   dx, dy, x, residual_grad [rows, cols] f32|bf16, last axis dense; weight, dweight [cols] f32|bf16
+///   dx, dy, x, residual_grad [rows, cols] f32|bf16, last axis dense; weight, dweight [cols]
+///   f32|bf16
 void rms_norm_bwd(const TensorView& dx, const TensorView& dweight, const TensorView& dy,
                   const TensorView& x, const TensorView& weight, float eps,
                   const TensorView* residual_grad, const ExecContext& context);

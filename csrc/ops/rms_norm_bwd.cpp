@@ -45,9 +45,8 @@ void rms_norm_bwd(const TensorView& dx, const TensorView& dweight, const TensorV
   args.dtype = x.dtype;
   args.weight_dtype = weight.dtype;
   const cpu::CpuKernels& kernels = cpu::active_cpu_kernels();
-  context.pool.parallel_for(blocks, 1, [&](int64_t begin, int64_t end, int) {
-    kernels.rms_norm_bwd(args, begin, end);
-  });
+  context.pool.parallel_for(
+      blocks, 1, [&](int64_t begin, int64_t end, int) { kernels.rms_norm_bwd(args, begin, end); });
   context.pool.parallel_for(
       (args.cols + kReduceBlock - 1) / kReduceBlock, 1,
       [&](int64_t begin, int64_t end, int) { kernels.rms_norm_bwd_weight(args, begin, end); });

@@ -147,6 +147,126 @@ void add_swiglu(std::vector<OpCase>& cases, int64_t tokens, int64_t inter) {
   cases.push_back(std::move(c));
 }
 
+template <typename T>
+void add_rms_norm_bwd(std::vector<OpCase>& cases, int64_t rows, int64_t cols, bool with_residual) {
+  OpCase c;
+  c.op = "rms_norm_bwd";
+  c.what = join_message(dtype_name(dtype_of<T>()), "[", rows, ", ", cols, "]",
+                        with_residual ? " residual" : "");
+  c.narrow = std::is_same_v<T, bf16>;
+  constexpr float kEps = 1e-6f;
+  const auto x = random_values<T>(rows * cols, 1), dy = random_values<T>(rows * cols, 2);
+  const auto residual = random_values<T>(rows * cols, 3), weight = random_values<T>(cols, 4);
+  c.run = [=](const ExecContext& context) {
+    Guarded<T> dx(rows * cols), dweight(cols);
+    const TensorView residual_view = view_of(residual, {rows, cols});
+    ops::rms_norm_bwd(dx.view({rows, cols}), dweight.view({cols}), view_of(dy, {rows, cols}),
+                      view_of(x, {rows, cols}), view_of(weight, {cols}), kEps,
+                      with_residual ? &residual_view : nullptr, context);
+    std::vector<float> result;
+    dx.collect(result);
+    dweight.collect(result);
+    return result;
+  };
+  c.reference = [=] {
+    std::vector<double> dx, dweight(static_cast<size_t>(cols));
+    for (int64_t row = 0; row < rows; ++row) {
+      double squares = 0, products = 0;
+      for (int64_t i = 0; i < cols; ++i) {
+        const double value = widen(x[row * cols + i]);
+        squares += value * value;
+        products += value * widen(dy[row * cols + i]) * widen(weight[i]);
+      }
+      const double norm = 1 / std::sqrt(squares / static_cast<double>(cols) + kEps);
+      for (int64_t i = 0; i < cols; ++i) {
+        const double value = widen(x[row * cols + i]), grad = widen(dy[row * cols + i]);
+        const double mean = products / static_cast<double>(cols);
+        dx.push_back(norm * (grad * widen(weight[i]) - value * norm * norm * mean) +
+                     (with_residual ? widen(residual[row * cols + i]) : 0.0f));
+        dweight[i] += grad * value * norm;
+      }
+    }
+    dx.insert(dx.end(), dweight.begin(), dweight.end());
+    return dx;
+  };
+  cases.push_back(std::move(c));
+}
+
+template <typename T>
+void add_swiglu_bwd(std::vector<OpCase>& cases, int64_t tokens, int64_t inter) {
+  OpCase c;
+  c.op = "swiglu_bwd";
+  c.what = join_message(dtype_name(dtype_of<T>()), "[", tokens, ", ", inter, "]");
+  c.narrow = std::is_same_v<T, bf16>;
+  const auto gate = random_values<T>(tokens * inter, 1, 4.0f);
+  const auto up = random_values<T>(tokens * inter, 2), dout = random_values<T>(tokens * inter, 3);
+  c.run = [=](const ExecContext& context) {
+    Guarded<T> dgate(tokens * inter), dup(tokens * inter);
+    ops::swiglu_bwd(dgate.view({tokens, inter}), dup.view({tokens, inter}),
+                    view_of(dout, {tokens, inter}), view_of(gate, {tokens, inter}),
+                    view_of(up, {tokens, inter}), context);
+    std::vector<float> result;
+    dgate.collect(result);
+    dup.collect(result);
+    return result;
+  };
+  c.reference = [=] {
+    std::vector<double> dgate, dup;
+    for (size_t i = 0; i < gate.size(); ++i) {
+      const double g = widen(gate[i]), d = widen(dout[i]), sigmoid = 1 / (1 + std::exp(-g));
+      dgate.push_back(d * widen(up[i]) * sigmoid * (1 + g * (1 - sigmoid)));
+      dup.push_back(d * g * sigmoid);
+    }
+    dgate.insert(dgate.end(), dup.begin(), dup.end());
+    return dgate;
+  };
+  cases.push_back(std::move(c));
+}
+
+/// The last row has no target.
+template <typename T>
+void add_softmax_xent(std::vector<OpCase>& cases, int64_t vocab) {
+  constexpr int64_t kRows = 5;
+  constexpr float kScale = 0.75f;
+  OpCase c;
+  c.op = "softmax_xent";
+  c.what = join_message(dtype_name(dtype_of<T>()), " vocab ", vocab);
+  c.narrow = std::is_same_v<T, bf16>;
+  const auto logits = random_values<T>(kRows * vocab, 1, 3.0f);
+  const auto grad = random_values<float>(kRows, 2);
+  const std::vector<int32_t> targets = {0, static_cast<int32_t>(vocab - 1), 0,
+                                        static_cast<int32_t>(vocab / 2), -1};
+  c.run = [=](const ExecContext& context) {
+    Guarded<T> rows(logits);
+    Guarded<float> log_prob(kRows);
+    const TensorView grad_view = view_of(grad, {kRows});
+    ops::softmax_xent(log_prob.view({kRows}), rows.view({kRows, vocab}), view_of(targets, {kRows}),
+                      kScale, &grad_view, context);
+    std::vector<float> result;
+    rows.collect(result);
+    log_prob.collect(result);
+    return result;
+  };
+  c.reference = [=] {
+    std::vector<double> dlogits, log_probs;
+    for (int64_t row = 0; row < kRows; ++row) {
+      const T* x = logits.data() + row * vocab;
+      double total = 0;
+      for (int64_t i = 0; i < vocab; ++i) total += std::exp(double{widen(x[i])} * kScale);
+      for (int64_t i = 0; i < vocab; ++i) {
+        const double p = std::exp(double{widen(x[i])} * kScale) / total;
+        const double factor = targets[row] < 0 ? 0 : double{grad[row]} * kScale;
+        dlogits.push_back(factor * ((i == targets[row]) - p));
+      }
+      log_probs.push_back(
+          targets[row] < 0 ? 0 : double{widen(x[targets[row]])} * kScale - std::log(total));
+    }
+    dlogits.insert(dlogits.end(), log_probs.begin(), log_probs.end());
+    return dlogits;
+  };
+  cases.push_back(std::move(c));
+}
+
 template <typename W>
 constexpr WeightFormat weight_format() {
   return std::is_same_v<W, bf16> ? WeightFormat::BF16 : WeightFormat::F32;
@@ -253,7 +373,12 @@ void add_typed_cases(std::vector<OpCase>& cases) {
   for (int64_t half : {1, 16, 33}) add_rope<T>(cases, 3, 2, 66, half);
   for (const auto& [tokens, inter] : {std::pair{0, 8}, {1, 1}, {3, 1023}, {2, 1025}}) {
     add_swiglu<T>(cases, tokens, inter);
+    add_swiglu_bwd<T>(cases, tokens, inter);
   }
+  for (const auto& [rows, cols] : {std::pair{0, 64}, {3, 17}, {32, 64}, {33, 65}, {70, 130}}) {
+    for (bool with_residual : {false, true}) add_rms_norm_bwd<T>(cases, rows, cols, with_residual);
+  }
+  for (int64_t vocab : {17, 64, 1025}) add_softmax_xent<T>(cases, vocab);
   for (int64_t cols : {1, 17, 64}) add_gather<T>(cases, cols);
   for (int64_t tokens : {0, 1, 2, 17, 33}) {
     for (bool add : {false, true}) {

@@ -41,9 +41,9 @@ struct CpuKernels {
   void (*rms_norm_bwd)(const RmsNormBwdArgs&, int64_t begin, int64_t end);  // blocks of kNormBlock
   /// Adds up dweight; blocks of kReduceBlock columns.
   void (*rms_norm_bwd_weight)(const RmsNormBwdArgs&, int64_t begin, int64_t end);
-  void (*swiglu_bwd)(const SwigluBwdArgs&, int64_t begin, int64_t end);  // blocks, as swiglu
+  void (*swiglu_bwd)(const SwigluBwdArgs&, int64_t begin, int64_t end);      // blocks, as swiglu
   void (*softmax_xent)(const SoftmaxXentArgs&, int64_t begin, int64_t end);  // rows
-  void (*gather)(const GatherArgs&, int64_t begin, int64_t end);  // tokens
+  void (*gather)(const GatherArgs&, int64_t begin, int64_t end);             // tokens
 
   /// Blocks of kReduceBlock elements.
   void (*block_max)(const BlockReduceArgs&, int64_t begin, int64_t end);

@@ -1,12 +1,13 @@
 // Gradients of RMSNorm, with n = 1 / sqrt(mean(x^2) + eps) and g = dy * weight:
 //
-//   dx = n * (g - x * n^2 * mean(g * x)) + residual_grad,  dweight = sum over the rows of dy * x * n
+//   dx = n * (g - x * n^2 * mean(g * x)) + residual_grad,  dweight = sum over the rows of dy * x *
+//   n
 //
 //   dx, dy, x, residual_grad [rows, cols] f32 or bf16; weight, dweight [cols] f32 or bf16
-//   accumulation: float32; sums along a row as in rms_norm.cpp; dweight in blocks of kNormBlock rows,
-//   one after the other, then the blocks pairwise
-//   levels: all (Vec); x and dy are read twice, the second time from L1
-//   bytes per row: 3 * cols * sizeof(T), with a residual_grad 4 * cols * sizeof(T)
+//   accumulation: float32; sums along a row as in rms_norm.cpp; dweight in blocks of kNormBlock
+//   rows, one after the other, then the blocks pairwise levels: all (Vec); x and dy are read twice,
+//   the second time from L1 bytes per row: 3 * cols * sizeof(T), with a residual_grad 4 * cols *
+//   sizeof(T)
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/vec.h"
 
@@ -42,7 +43,7 @@ QN_INLINE void row_sums(const T* x, const T* dy, const W* weight, int64_t cols, 
 template <typename T, typename W>
 void bwd_blocks(const RmsNormBwdArgs& a, int64_t begin, int64_t end) {
   const W* weight = static_cast<const W*>(a.weight);
-  const float inverse_cols = 1.0f / static_cast<float>(a.cols);
+  const double cols = static_cast<double>(a.cols);
   for (int64_t block = begin; block < end; ++block) {
     float* dweight = a.partial + block * a.cols;
     memset(dweight, 0, static_cast<size_t>(a.cols) * sizeof(float));
@@ -56,8 +57,10 @@ void bwd_blocks(const RmsNormBwdArgs& a, int64_t begin, int64_t end) {
       T* dx = static_cast<T*>(a.dx) + row * a.dx_stride;
       float squares, products;
       row_sums(x, dy, weight, a.cols, squares, products);
-      const float norm = 1.0f / sqrtf(squares * inverse_cols + a.eps);
-      const Vec scale(norm), slope(-norm * norm * norm * (products * inverse_cols));
+      // One rounding each: these errors would be those of the whole row.
+      const double norm = 1 / sqrt(squares / cols + a.eps);
+      const Vec scale(static_cast<float>(norm));
+      const Vec slope(static_cast<float>(-norm * norm * norm * (products / cols)));
       for (int64_t i = 0; i < a.cols; i += Vec::kLanes) {
         const int n = lanes_left(i, a.cols);
         const Vec v = Vec::load(x + i, n), g = Vec::load(dy + i, n);

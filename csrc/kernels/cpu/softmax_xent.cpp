@@ -15,9 +15,9 @@ namespace {
 constexpr int64_t kBlock = 1024;
 constexpr int kUnroll = 4;
 
-/// What a row's probabilities are made of: softmax = exp(x * scale - shift) / total.
+/// What a row's probabilities are made of: softmax = exp((x - top) * scale) / total.
 struct RowSums {
-  float shift;
+  float top;
   double total;
 };
 
@@ -40,8 +40,8 @@ QN_INLINE float row_max(const T* x, int64_t n) {
 
 template <typename T>
 RowSums row_sums(const T* x, int64_t n, float scale) {
-  const float shift = row_max(x, n) * scale;
-  const Vec factor(scale), minus_shift(-shift);
+  const float largest = row_max(x, n);
+  const Vec factor(scale), top(largest);
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = begin + kBlock < n ? begin + kBlock : n;
@@ -49,17 +49,17 @@ RowSums row_sums(const T* x, int64_t n, float scale) {
     int64_t i = begin;
     for (; i + kUnroll * Vec::kLanes <= end; i += kUnroll * Vec::kLanes) {
       for (int u = 0; u < kUnroll; ++u) {
-        sums[u] = sums[u] + exp(fma(Vec::load(x + i + u * Vec::kLanes), factor, minus_shift));
+        sums[u] = sums[u] + exp((Vec::load(x + i + u * Vec::kLanes) - top) * factor);
       }
     }
     total += sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
     for (; i < end; ++i) {
       float lanes[Vec::kLanes];
-      exp(fma(Vec::load(x + i, 1), factor, minus_shift)).store(lanes);
+      exp((Vec::load(x + i, 1) - top) * factor).store(lanes);
       total += lanes[0];
     }
   }
-  return {shift, total};
+  return {largest, total};
 }
 
 template <typename T>
@@ -72,16 +72,16 @@ float element(const T* x) {
 /// x = factor * (one_hot(target) - softmax).
 template <typename T>
 void store_gradient(T* x, int64_t n, float scale, const RowSums& sums, int32_t target,
-                    float factor) {
+                    double factor) {
   const float at_target = element(x + target);
-  const Vec logit_scale(scale), minus_shift(-sums.shift);
+  const Vec logit_scale(scale), top(sums.top);
   const float weight = static_cast<float>(-factor / sums.total);
   for (int64_t i = 0; i < n; i += Vec::kLanes) {
     const int count = n - i < Vec::kLanes ? static_cast<int>(n - i) : Vec::kLanes;
-    const Vec p = exp(fma(Vec::load(x + i, count), logit_scale, minus_shift));
+    const Vec p = exp((Vec::load(x + i, count) - top) * logit_scale);
     (p * Vec(weight)).store(x + i, count);
   }
-  const double probability = ::exp(double{at_target} * scale - sums.shift) / sums.total;
+  const double probability = ::exp((double{at_target} - sums.top) * scale) / sums.total;
   Vec(static_cast<float>(factor * (1 - probability))).store(x + target, 1);
 }
 
@@ -96,10 +96,10 @@ void xent_rows(const SoftmaxXentArgs& a, int64_t begin, int64_t end) {
       continue;
     }
     const RowSums sums = row_sums(x, a.vocab, a.scale);
-    a.log_prob[row] = static_cast<float>((double{element(x + target)} * a.scale - sums.shift) -
-                                         ::log(sums.total));
+    a.log_prob[row] =
+        static_cast<float>((double{element(x + target)} - sums.top) * a.scale - ::log(sums.total));
     if (a.grad != nullptr) {
-      store_gradient(x, a.vocab, a.scale, sums, target, a.grad[row] * a.scale);
+      store_gradient(x, a.vocab, a.scale, sums, target, double{a.grad[row]} * a.scale);
     }
   }
 }

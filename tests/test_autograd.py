@@ -1,0 +1,176 @@
+"""qwen_native/autograd.py against the float64 definitions of qwen_native/reference.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from gradients import assert_gradients, gradients
+from tolerance import assert_contraction
+from torch import Tensor
+
+from qwen_native import autograd, reference
+
+FLOATS = [torch.float32, torch.bfloat16]
+
+
+class Op(NamedTuple):
+    """An op with inputs to differentiate and others, all of them made for one dtype."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    rest: tuple[Any, ...]
+
+    def call(self, module: Any) -> Callable[..., Any]:
+        return lambda *inputs: getattr(module, self.name)(*inputs, *self.rest)
+
+
+def angles(tokens: int, half: int) -> tuple[Tensor, Tensor]:
+    angle = torch.arange(tokens)[:, None] * 100.0 ** -(torch.arange(half) / half)
+    return angle.cos(), angle.sin()
+
+
+def cases(dtype: torch.dtype) -> dict[str, Op]:
+    rng = torch.Generator().manual_seed(7)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=rng).to(dtype)
+
+    targets = torch.tensor([3, 70, 0, 12, 11, 4, 66])
+    ignored = targets.masked_fill(torch.arange(7) == 2, -100)
+    head = (random(7, 24), random(71, 24))
+    tokens = 23
+    return {
+        "rms_norm": Op("rms_norm", (random(9, 40), random(40)), (1e-5,)),
+        "rms_norm of heads": Op("rms_norm", (random(5, 3, 24)[:, 1:], random(24)), (1e-5,)),
+        "add_rms_norm": Op("add_rms_norm", (random(9, 40), random(9, 40), random(40)), (1e-5,)),
+        "rope": Op("rope", (random(tokens, 3, 20),), angles(tokens, 8)),
+        "swiglu": Op("swiglu", (random(9, 50), random(9, 50)), ()),
+        "linear_cross_entropy": Op("linear_cross_entropy", head, (ignored,)),
+        "linear_log_prob": Op("linear_log_prob", head, (targets, 0.8)),
+    }
+
+
+CASES = list(cases(torch.float32))
+
+
+def douts_of(outputs: Any) -> Any:
+    rng = torch.Generator().manual_seed(8)
+    if isinstance(outputs, tuple):
+        return tuple(torch.randn(o.shape, generator=rng).to(o.dtype) for o in outputs)
+    return torch.randn(outputs.shape, generator=rng).to(outputs.dtype)
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    """The head's ops take two parts for seven tokens."""
+    monkeypatch.setattr(autograd, "_LOGITS_BYTES", 0)
+    monkeypatch.setattr(autograd, "_LARGEST_NUMBER_OF_PARTS", 2)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("name", CASES)
+def test_results_and_gradients_match_the_reference(isa, name, dtype):
+    op = cases(dtype)[name]
+    outputs = op.call(autograd)(*op.inputs)
+    wide = op.call(reference)(*(x.double() for x in op.inputs))
+    base = op.call(reference)(*op.inputs)
+    if not isinstance(outputs, tuple):
+        outputs, wide, base = (outputs,), (wide,), (base,)
+    for out, ref, plain in zip(outputs, wide, base, strict=True):
+        assert out.dtype == plain.dtype
+        if "linear" in name and dtype == torch.bfloat16:
+            # Torch keeps the logits in float32 in `reference`; a model's own are bfloat16.
+            plain = narrow_logits(op)
+        assert_contraction(out, ref, plain)
+    dout = douts_of(op.call(autograd)(*op.inputs))
+    grads = gradients(op.call(autograd), op.inputs, dout)
+    if "linear" in name and dtype == torch.bfloat16:
+        return assert_narrow_gradients(op, grads, dout)
+    assert_gradients(grads, op.call(reference), op.inputs, dout)
+
+
+def narrow_head(op: Op) -> Callable[[Tensor, Tensor], Tensor]:
+    """The op as transformers computes it: logits in the model's dtype, then float32."""
+
+    def call(hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = (hidden @ weight.T).float()
+        if op.name == "linear_cross_entropy":
+            return torch.nn.functional.cross_entropy(logits, op.rest[0], reduction="sum")
+        targets, temperature = op.rest
+        return -torch.nn.functional.cross_entropy(logits / temperature, targets, reduction="none")
+
+    return call
+
+
+def narrow_logits(op: Op) -> Tensor:
+    return narrow_head(op)(*op.inputs)
+
+
+def assert_narrow_gradients(op: Op, grads: tuple[Tensor, ...], dout: Tensor) -> None:
+    ref = gradients(op.call(reference), [x.double() for x in op.inputs], dout.double())
+    base = gradients(narrow_head(op), op.inputs, dout)
+    for grad, expected, plain in zip(grads, ref, base, strict=True):
+        assert_contraction(grad, expected, plain, 3.0)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_only_the_gradients_that_are_asked_for(name):
+    op = cases(torch.float32)[name]
+    dout = douts_of(op.call(autograd)(*op.inputs))
+    expected = gradients(op.call(autograd), op.inputs, dout)
+    for i, x in enumerate(op.inputs):
+        inputs = [y.detach() for y in op.inputs]
+        inputs[i] = x.detach().clone().requires_grad_()
+        (grad,) = torch.autograd.grad(op.call(autograd)(*inputs), [inputs[i]], dout)
+        assert torch.equal(grad, expected[i])
+    with torch.no_grad():
+        outputs = op.call(autograd)(*op.inputs)
+    assert not any(o.requires_grad for o in (outputs if isinstance(outputs, tuple) else [outputs]))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_operator_registration(name):
+    op = cases(torch.float32)[name]
+    inputs = [x.detach().clone().requires_grad_() for x in op.inputs]
+    rest = op.rest
+    if op.name == "linear_cross_entropy":
+        rest = (*op.rest, -100, True, True)
+    elif op.name == "attention":
+        rest = (*op.rest, 0)[:3]
+    torch.library.opcheck(getattr(torch.ops.qwen_native, op.name).default, (*inputs, *rest))
+
+
+def test_compile_traces_through_the_ops():
+    ops = cases(torch.float32)
+
+    def model(x: Tensor, residual: Tensor, norm: Tensor, head: Tensor) -> Tensor:
+        out, total = autograd.add_rms_norm(x, residual, norm, 1e-5)
+        mixed = autograd.swiglu(out, autograd.rms_norm(total, norm, 1e-5))
+        mixed = autograd.rope(mixed.unflatten(1, (4, 10)), *angles(9, 5)).flatten(1)
+        targets = torch.arange(9)
+        loss = autograd.linear_cross_entropy(mixed, head, targets)
+        return loss - autograd.linear_log_prob(mixed, head, targets).sum()
+
+    inputs = (*ops["add_rms_norm"].inputs, torch.randn(30, 40))
+    expected = gradients(model, inputs, torch.tensor(1.0))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for grad, plain in zip(gradients(compiled, inputs, torch.tensor(1.0)), expected, strict=True):
+        torch.testing.assert_close(grad, plain)
+
+
+def test_wrong_inputs_are_named():
+    hidden, weight = torch.ones(3, 8), torch.ones(5, 8)
+    targets = torch.tensor([0, 5, -100])
+    with pytest.raises(ValueError, match=r"targets\[1\] is 5, expected 0 to 4 or the ignore_index"):
+        autograd.linear_cross_entropy(hidden, weight, targets)
+    with pytest.raises(ValueError, match=r"targets\[2\] is -100, expected 0 to 4$"):
+        autograd.linear_log_prob(hidden, weight, targets.clamp(max=4))
+    with pytest.raises(ValueError, match=r"hidden is torch.float32, expected torch.bfloat16"):
+        autograd.linear_cross_entropy(hidden, weight.bfloat16(), targets)
+    with pytest.raises(ValueError, match=r"targets is torch.int64 \[2\], expected int64 \[3\]"):
+        autograd.linear_cross_entropy(hidden, weight, targets[:2])
+    with pytest.raises(ValueError, match=r"temperature is 0.0, expected a positive"):
+        autograd.linear_log_prob(hidden, weight, targets, 0.0)
