@@ -1,4 +1,4 @@
-"""The command `qwen-native`: chat, generate, info, quantize, bench, perplexity."""
+"""The command `qwen-native`: chat, generate, info, quantize, bench, perplexity, train."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ _SAMPLING = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 after an error, 130 after Ctrl-C."""
-    options = _parser().parse_args(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # What follows `train` has a syntax of its own.
+    own = arguments[:1] if arguments[:1] == ["train"] else arguments
+    options = _parser().parse_args(own)
+    options.rest = arguments[len(own) :]
     try:
         code: int = options.run(options)
         return code
@@ -46,6 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split())
         print(f"qwen-native: {message or type(error).__name__}", file=sys.stderr)
         return 2
+
+
+def _train(options: argparse.Namespace) -> int:
+    from qwen_native.train.cli import main as train
+
+    return train(options.rest)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -174,6 +184,9 @@ def _parser() -> argparse.ArgumentParser:
     perplexity.add_argument(
         "--window", type=int, default=1024, help="tokens per window (default 1024)"
     )
+
+    train = commands.add_parser("train", add_help=False, help="train and align models")
+    train.set_defaults(run=_train)
     return parser
 
 

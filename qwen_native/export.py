@@ -25,8 +25,17 @@ def save_folder(
     config: ModelConfig,
     state: Mapping[str, torch.Tensor],
     source: Checkpoint | None,
+    tokenizer: Path | None = None,
 ) -> None:
-    """Write config.json, the tensors and what `source` has beside them; see `Qwen.save`."""
+    """Write config.json, the tensors and what `source` has beside them; see `Qwen.save`.
+
+    Args:
+        folder: must not exist, or be empty.
+        config: the shape.
+        state: the parameters by name.
+        source: the checkpoint they came from, if any.
+        tokenizer: a folder whose tokenizer files are copied instead of those of `source`.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: exists already, expected a new folder to write the model to")
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -35,6 +44,10 @@ def save_folder(
         dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
         _write_json(aside / "config.json", config_json(config, dtype, source))
         _write_tensors(aside, state)
+        if tokenizer is not None:
+            _copy_tokenizer(aside, tokenizer)
+        elif source is not None:
+            _write_tokenizer(aside, source)
         if source is not None:
             _write_companions(aside, source)
         for path in aside.iterdir():
@@ -131,14 +144,21 @@ def _write_tensors(folder: Path, state: Mapping[str, torch.Tensor]) -> None:
     )
 
 
-def _write_companions(folder: Path, source: Checkpoint) -> None:
-    """Tokenizer, chat template and generation config."""
+def _write_tokenizer(folder: Path, source: Checkpoint) -> None:
     if source.kind == "gguf":
         _write_json(folder / "tokenizer.json", tokenizer_json_from_gguf(source.metadata))
     else:
-        for name in TOKENIZER_FILES:
-            if (source.path / name).exists():
-                shutil.copyfile(source.path / name, folder / name)
+        _copy_tokenizer(folder, source.path)
+
+
+def _copy_tokenizer(folder: Path, source: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).exists():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _write_companions(folder: Path, source: Checkpoint) -> None:
+    """Chat template and generation config."""
     if source.chat_template is not None:
         (folder / "chat_template.jinja").write_text(source.chat_template, encoding="utf-8")
     if source.generation_config:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -69,15 +70,24 @@ class Layout:
         cos: [tokens, rope_dim / 2], float32.
         sin: like cos.
         query_scale: [tokens, 1, 1], float32: LogN; None where it is 1 for every token.
+        dropout: of what each layer adds to the residual stream.
     """
 
     cu_seqlens: Tensor
     cos: Tensor
     sin: Tensor
     query_scale: Tensor | None
+    dropout: float
 
     @classmethod
-    def of(cls, config: ModelConfig, positions: Tensor, cu_seqlens: Tensor, extend: bool) -> Layout:
+    def of(
+        cls,
+        config: ModelConfig,
+        positions: Tensor,
+        cu_seqlens: Tensor,
+        extend: bool,
+        dropout: float,
+    ) -> Layout:
         """Compute the tables; `extend` applies Qwen's dynamic NTK and LogN to long documents."""
         places = positions.float()
         extend = extend and bool(config.use_dynamic_ntk or config.use_logn_attn)
@@ -93,7 +103,7 @@ class Layout:
             ratio = torch.log(places.double() + 1) / math.log(config.seq_length)
             query_scale = ratio.clamp(min=1.0).float()[:, None, None]
         factor = config.yarn.attention_factor if config.yarn is not None else 1.0
-        return cls(cu_seqlens, angles.cos() * factor, angles.sin() * factor, query_scale)
+        return cls(cu_seqlens, angles.cos() * factor, angles.sin() * factor, query_scale, dropout)
 
 
 @functools.lru_cache(maxsize=256)
@@ -202,9 +212,9 @@ class Block(_Named):
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         eps = self.config.rms_norm_eps
         normed = self.kernels.rms_norm(x, self.child("input_norm").weight, eps)
-        mixed = self.child("attention")(normed, layout)
+        mixed = F.dropout(self.child("attention")(normed, layout), layout.dropout)
         normed, total = self.kernels.add_rms_norm(mixed, x, self.child("post_norm").weight, eps)
-        out: Tensor = total + self.mlp(normed)
+        out: Tensor = total + F.dropout(self.mlp(normed), layout.dropout)
         return out
 
 
@@ -216,6 +226,8 @@ class Qwen(_Named):
         kernels: the module with the ops, `qwen_native.autograd` or `qwen_native.reference`.
         activation_checkpointing: keep only each layer's input for the backward pass and compute
             the rest of the layer again: less memory for a third more time.
+        dropout: in training mode, of the embeddings and of what each layer adds to the residual
+            stream; default 0.
         source: the checkpoint that the parameters came from, or None; `save` copies its tokenizer.
     """
 
@@ -235,6 +247,7 @@ class Qwen(_Named):
             raise ValueError(f"kernels is {kernels!r}, expected one of {', '.join(KERNELS)}")
         self.kernels = importlib.import_module(KERNELS[kernels])
         self.activation_checkpointing = False
+        self.dropout = 0.0
         self.source: Checkpoint | None = None
         trunk = _Named(config)
         trunk.add("embed", nn.Embedding(config.vocab_size, config.hidden_size))
@@ -286,8 +299,9 @@ class Qwen(_Named):
             The hidden states after the final norm, [tokens, hidden]; with `targets` their summed
             cross-entropy, a float32 scalar.
         """
-        layout = Layout.of(self.config, positions, cu_seqlens, extend=not self.training)
-        x: Tensor = self.embedding(tokens)
+        dropout = self.dropout if self.training else 0.0
+        layout = Layout.of(self.config, positions, cu_seqlens, not self.training, dropout)
+        x = F.dropout(self.embedding(tokens), dropout)
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = recompute(layer, x, layout, use_reentrant=False)

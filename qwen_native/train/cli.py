@@ -1,0 +1,49 @@
+"""The commands of `qwen-native train`; each is a module with `main(argv)`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "pretrain": ("pretrain", "train on text, from scratch or further"),
+    "tokenize": ("tokenize", "make token shards of text, JSON lines or parquet files"),
+}
+"""Command: module of this package, and what it does."""
+
+_HELP = """usage: qwen-native train COMMAND [recipe.yaml] [key=value ...]
+
+Train and align Qwen models. Each command explains itself with --help.
+
+commands:
+{commands}
+
+examples:
+  qwen-native train pretrain recipes/pretrain_small.yaml
+  qwen-native train pretrain --help
+  torchrun --nproc-per-node 8 -m qwen_native.train pretrain recipes/pretrain_7b.yaml
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command that `argv` names; returns its exit code.
+
+    Raises:
+        ValueError: there is no such command, or the extra `train` is not installed.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        lines = [f"  {name:10} {what}" for name, (_, what) in COMMANDS.items()]
+        sys.stdout.write(_HELP.format(commands="\n".join(lines)))
+        return 0
+    name, *rest = argv
+    if name not in COMMANDS:
+        raise ValueError(f"train: command is {name!r}, expected one of {', '.join(COMMANDS)}")
+    try:
+        module = importlib.import_module(f"qwen_native.train.{COMMANDS[name][0]}")
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"training needs the package {error.name}: pip install 'qwen_native[train]'"
+        ) from error
+    code: int = module.main(rest)
+    return code

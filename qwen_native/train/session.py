@@ -1,0 +1,286 @@
+"""What every training command does around its loop: options, model, estimates, result."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from qwen_native.checkpoint import open_checkpoint
+from qwen_native.config import ModelConfig
+from qwen_native.export import save_folder
+from qwen_native.hub import resolve_model
+from qwen_native.nn import Qwen
+from qwen_native.packed_cache import load_tokenizer as tokenizer_of
+from qwen_native.token_files import byte_tokenizer_json
+from qwen_native.tokenizer import Tokenizer
+from qwen_native.train.checkpoint import checkpoints
+from qwen_native.train.config import ModelOptions, OptimOptions, RunOptions, as_dict, load_config
+from qwen_native.train.data import Source
+from qwen_native.train.distributed import World, shard, whole_state, world
+from qwen_native.train.metrics import Metrics, available_memory, matrix_peak
+from qwen_native.train.trainer import Trainer, model_flops
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_VOCAB_MULTIPLE = 64
+_TYPICAL_PEAK_SHARE = 0.4
+
+
+class Config(Protocol):
+    """What the configurations of all commands have."""
+
+    @property
+    def model(self) -> ModelOptions: ...
+
+    @property
+    def optim(self) -> OptimOptions: ...
+
+    @property
+    def run(self) -> RunOptions: ...
+
+
+C = TypeVar("C", bound=Config)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command made of its data.
+
+    Attributes:
+        source: the samples.
+        steps: optimiser steps of the whole run.
+        context: tokens of the longest sample.
+    """
+
+    source: Source
+    steps: int
+    context: int
+
+
+Planner = Callable[[C, Tokenizer, World, Callable[[str], None]], Plan]
+
+
+def parse(
+    kind: type[C], argv: Sequence[str], name: str, description: str, examples: str
+) -> tuple[C, argparse.Namespace]:
+    """Read a training command's line: [recipe.yaml] [key=value ...] [--resume] [--estimate]."""
+    parser = argparse.ArgumentParser(
+        prog=f"qwen-native train {name}",
+        description=description,
+        epilog=f"examples:{examples.rstrip()}\n\nkeys:\n{_describe(kind)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", nargs="?", help="a YAML file; recipes/ has some")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="instead of the recipe's")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    parser.add_argument("--estimate", action="store_true", help="only say what the run would need")
+    options = parser.parse_args(argv)
+    overrides = list(options.overrides)
+    if options.recipe is not None and "=" in options.recipe:
+        overrides.insert(0, options.recipe)
+        options.recipe = None
+    recipe = None if options.recipe is None else Path(options.recipe)
+    return load_config(kind, recipe, overrides), options
+
+
+def _describe(kind: type[Any], prefix: str = "  ") -> str:
+    """The keys of a configuration with their defaults, a line for each section."""
+    lines = []
+    for field in dataclasses.fields(kind):
+        default = field.default
+        value = "required" if default is dataclasses.MISSING else default
+        inner = _SECTIONS.get(str(field.type))
+        lines.append(f"{prefix}{field.name}:" if inner else f"{prefix}{field.name}: {value}")
+        if inner:
+            lines.append(_describe(inner, prefix + "  "))
+    return "\n".join(lines)
+
+
+_SECTIONS: dict[str, type[Any]] = {
+    "ModelOptions": ModelOptions,
+    "OptimOptions": OptimOptions,
+    "RunOptions": RunOptions,
+}
+
+
+def section(kind: type[Any]) -> type[Any]:
+    """Decorator: the help of the commands lists this dataclass's keys."""
+    _SECTIONS[kind.__name__] = kind
+    return kind
+
+
+def run(config: C, options: argparse.Namespace, plan: Planner[C]) -> int:
+    """Train as configured, from the data to the exported model in `run.folder`/model."""
+    with world() as processes:
+        folder = Path(config.run.folder)
+        if not options.resume and not options.estimate and checkpoints(folder):
+            raise ValueError(f"{folder}: has checkpoints; give --resume or another run.folder")
+        metrics = Metrics(folder, processes.is_main, config.run.tensorboard)
+        torch.manual_seed(config.run.seed)
+        tokenizer, files = open_tokenizer(config.model, folder, processes)
+        planned = plan(config, tokenizer, processes, metrics.say)
+        model = open_model(config.model, tokenizer, planned.context, processes)
+        limit = config.run.micro_batch_tokens or planned.context
+        estimate(model, config, planned, limit, processes, metrics)
+        if options.estimate:
+            return 0
+        if processes.is_main:
+            (folder / "config.json").write_text(json.dumps(as_dict(config), indent=2) + "\n")
+        trainer = Trainer(
+            model, planned.source, config.optim, config.run, processes,
+            planned.steps, limit, metrics,
+        )  # fmt: skip
+        # From here on every process has random numbers of its own.
+        torch.manual_seed(config.run.seed + processes.rank)
+        if options.resume:
+            trainer.resume()
+        else:
+            metrics.restart()
+        trainer.train()
+        export(model, folder / "model", files, config.model.precision, processes)
+        metrics.say(f"done: the model is in {folder / 'model'}")
+    return 0
+
+
+def open_tokenizer(
+    options: ModelOptions, folder: Path, processes: World
+) -> tuple[Tokenizer, Path | None]:
+    """The tokenizer, and the folder of its files unless they are the checkpoint's own."""
+    if options.tokenizer is None:
+        checkpoint = open_checkpoint(resolve_model(_path(options)))
+        tokenizer = tokenizer_of(checkpoint)
+        if tokenizer is None:
+            raise ValueError(f"{options.path}: has no tokenizer, expected one in model.tokenizer")
+        return tokenizer, None
+    files = Path(options.tokenizer)
+    if options.tokenizer == "bytes":
+        files = folder / "tokenizer"
+        if processes.is_main:
+            files.mkdir(parents=True, exist_ok=True)
+            (files / "tokenizer.json").write_text(json.dumps(byte_tokenizer_json()))
+        processes.barrier()
+    tokenizer = Tokenizer.from_folder(files)
+    if tokenizer is None:
+        raise ValueError(f"model.tokenizer is {options.tokenizer}, which has no tokenizer files")
+    return tokenizer, files
+
+
+def _path(options: ModelOptions) -> str | None:
+    return None if options.path == "demo" else options.path
+
+
+def open_model(options: ModelOptions, tokenizer: Tokenizer, context: int, processes: World) -> Qwen:
+    """Load or make the model, in its precision, on its device, sharded under torchrun."""
+    # Sharded parameters stay float32; FSDP rounds them for the computation.
+    dtype = torch.float32 if processes.distributed else _DTYPES[options.precision]
+    if options.shape is None:
+        model = Qwen.load(_path(options), dtype, options.kernels)
+    else:
+        model = Qwen(new_config(options, tokenizer, context), options.kernels).to(dtype)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model only "
+            f"{model.config.vocab_size}"
+        )
+    model.activation_checkpointing = options.activation_checkpointing
+    model.dropout = options.dropout
+    model.to(processes.device)
+    if processes.distributed:
+        shard(model, processes, options.precision)
+    return model
+
+
+def new_config(options: ModelOptions, tokenizer: Tokenizer, context: int) -> ModelConfig:
+    """The `ModelConfig` of a new model: the defaults of its generation where nothing is said."""
+    shape = options.shape
+    assert shape is not None
+    head_dim = shape.head_dim or shape.hidden_size // shape.num_heads
+    rounded = -(-tokenizer.vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+    return ModelConfig(
+        architecture=shape.architecture,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_layers=shape.num_layers,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads or shape.num_heads,
+        head_dim=head_dim,
+        vocab_size=shape.vocab_size or rounded,
+        rms_norm_eps=shape.rms_norm_eps,
+        rope_theta=shape.rope_theta,
+        rope_dim=head_dim,
+        max_position_embeddings=shape.max_position_embeddings or context,
+        tie_word_embeddings=shape.tie_word_embeddings,
+        qkv_bias=shape.architecture != "qwen3",
+        qk_norm=shape.architecture == "qwen3",
+        sliding_window=None,
+        max_window_layers=shape.num_layers,
+        yarn=None,
+        use_dynamic_ntk=shape.architecture == "qwen",
+        use_logn_attn=shape.architecture == "qwen",
+        seq_length=context if shape.architecture == "qwen" else 0,
+    )
+
+
+def estimate(
+    model: Qwen, config: Config, plan: Plan, limit: int, processes: World, metrics: Metrics
+) -> None:
+    """Say, before anything is computed, what memory and time the run will take.
+
+    Raises:
+        ValueError: the parameters and the optimiser alone do not fit into memory.
+    """
+    parameters = sum(p.numel() for p in model.parameters())
+    narrow = config.model.precision == "bf16" and not processes.distributed
+    state = parameters * 16 / processes.size
+    shape = model.config
+    element = 2 if config.model.precision == "bf16" else 4
+    rows = shape.head_dim * (3 * shape.num_heads + 4 * shape.num_kv_heads)
+    layer = 4 * shape.hidden_size + rows + 3 * shape.intermediate_size
+    kept = shape.num_layers * (
+        shape.hidden_size if config.model.activation_checkpointing else layer
+    )
+    activations = max(limit, plan.context) * (kept + layer) * element
+    dtype = torch.bfloat16 if config.model.precision == "bf16" else torch.float32
+    peak = matrix_peak(dtype, processes.device) * processes.size
+    per_token = model_flops(model, plan.context)
+    metrics.peak_per_token = per_token / peak
+    tokens = plan.steps * config.run.batch_size * plan.context
+    hours = tokens * per_token / (_TYPICAL_PEAK_SHARE * peak) / 3600
+    metrics.say(
+        f"{parameters / 1e6:,.1f} M parameters; memory per process about "
+        f"{(state + activations) / 1e9:.2f} GB: {state / 1e9:.2f} for parameters"
+        f"{' and their float32 copies' if narrow else ''}, gradients and optimiser, "
+        f"{activations / 1e9:.2f} for activations\n"
+        f"{plan.steps} steps, at most {tokens / 1e6:,.1f} M tokens; about {_duration(hours)} at "
+        f"{100 * _TYPICAL_PEAK_SHARE:.0f} % of the matrix peak ({peak / 1e9:,.0f} GFLOP/s)"
+    )
+    free = available_memory()
+    if processes.device.type == "cpu" and free and state * 14 / 16 > free:
+        raise ValueError(
+            f"the run needs {state / 1e9:.1f} GB for parameters and optimiser, "
+            f"but only {free / 1e9:.1f} GB are free"
+        )
+
+
+def _duration(hours: float) -> str:
+    if hours >= 48:
+        return f"{hours / 24:,.0f} days"
+    return f"{hours:.1f} hours" if hours >= 1 else f"{math.ceil(hours * 60)} minutes"
+
+
+def export(
+    model: Qwen, folder: Path, tokenizer: Path | None, precision: str, processes: World
+) -> None:
+    """Write the trained model as a Hugging Face folder, in its precision."""
+    state = whole_state(model, processes)
+    if processes.is_main and not folder.exists():
+        rounded = {name: tensor.to(_DTYPES[precision]) for name, tensor in state.items()}
+        save_folder(folder, model.config, rounded, model.source, tokenizer)
+    processes.barrier()
