@@ -101,7 +101,9 @@ def test_the_distribution_drawn_from(tmp_path):
     for row, token, drawn in zip(logits, response.tokens, response.drawn_log_probs, strict=True):
         probability, order = row.softmax(-1).sort(descending=True)
         ahead = probability.cumsum(-1) - probability
-        kept = {int(t): float(p) for t, p, a in zip(order, probability, ahead) if a < 0.6}
+        kept = {
+            int(t): float(p) for t, p, a in zip(order, probability, ahead, strict=True) if a < 0.6
+        }
         assert drawn == pytest.approx(math.log(kept[token] / sum(kept.values())), abs=1e-4)
 
 
