@@ -7,6 +7,7 @@ csrc/kernels/cuda/*.cu are called by name, with the structs of the headers.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import re
 import shutil
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import ptx_interpreter
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,6 +125,46 @@ class Launch:
     arguments: list[bytes]
 
 
+class Ptx:
+    """Kernels as nvcc compiles them, without contraction of products and sums."""
+
+    def __init__(self, *sources: Path, include: Path = ROOT / "csrc") -> None:
+        if nvcc() is None:
+            pytest.skip("no PTX: nvcc is missing")
+        self.entries: dict[str, ptx_interpreter.Entry] = {}
+        for source in sources:
+            parsed = _parsed_ptx(source, include)
+            names = _run("c++filt", *parsed).splitlines()
+            for name, entry in zip(names, parsed.values(), strict=True):
+                # nvcc gives anonymous namespaces names of their own.
+                self.entries[re.sub(r"_GLOBAL__N__\w+", "(anonymous namespace)", name)] = entry
+
+    def entry(self, kernel: str) -> ptx_interpreter.Entry:
+        assert kernel in self.entries, f"no entry {kernel} among {list(self.entries)}"
+        return self.entries[kernel]
+
+
+def nvcc() -> str | None:
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+@cache
+def _parsed_ptx(source: Path, include: Path) -> dict[str, ptx_interpreter.Entry]:
+    """Entries of a source file; compiled again when it or any header has changed."""
+    compiler = nvcc()
+    assert compiler is not None
+    key = hashlib.sha256(str((source, include)).encode()).hexdigest()[:16]
+    output = BUILD / "ptx" / f"{source.stem}-{key}.ptx"
+    inputs = [source, *include.rglob("*.h"), *include.rglob("*.cuh")]
+    newest = max(file.stat().st_mtime for file in inputs)
+    if not output.is_file() or output.stat().st_mtime < newest:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        options = ["-std=c++20", "-arch=sm_80", "-fmad=false", f"-I{include}"]
+        _run(compiler, *options, "-ptx", str(source), "-o", f"{output}.new")
+        os.replace(f"{output}.new", output)
+    return ptx_interpreter.parse(output.read_text())
+
+
 class Buffer:
     """Global memory of the simulated device, holding one tensor."""
 
@@ -151,6 +194,7 @@ class Simulator:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.ptx: Ptx | None = None
         self.library = ctypes.CDLL(str(path), mode=os.RTLD_LOCAL)
         self.buffers: list[Buffer] = []
         size, pointer, text = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_char_p
@@ -180,6 +224,7 @@ class Simulator:
         self.library.qn_simt_clear_reports()
         self.library.qn_simt_clear_counters()
         self.library.qn_simt_record_launches(0)
+        self.ptx = None
         self.configure()
 
     def configure(self, check: bool = True, count: bool = True, seed: int = 0) -> None:
@@ -210,8 +255,51 @@ class Simulator:
                 converted.append(ctypes.c_int64(argument))
             else:
                 converted.append(argument)
+        before = self._memory() if self.ptx else {}
         result: int = getattr(self.library, launcher)(*converted, ctypes.c_void_p(None))
+        if self.ptx:
+            self._compare_with_ptx(before)
         return result
+
+    def compare_with_ptx(self, *sources: Path, include: Path = ROOT / "csrc") -> None:
+        """From now on every launch is repeated by the PTX interpreter, on what nvcc makes of the
+        sources, and must leave the same bytes in memory. Skips the test when there is no nvcc."""
+        self.ptx = Ptx(*sources, include=include)
+        self.record_launches()
+
+    def _memory(self) -> dict[int, bytes]:
+        contents = {}
+        for buffer in self.buffers:
+            data = ctypes.create_string_buffer(max(buffer.bytes, 1))
+            assert not self.library.qn_simt_download(data, buffer.pointer, buffer.bytes)
+            contents[buffer.pointer] = data.raw[: buffer.bytes]
+        return contents
+
+    def _compare_with_ptx(self, before: dict[int, bytes]) -> None:
+        assert self.ptx is not None
+        launches = self.recorded_launches()
+        self.record_launches()  # forgets these
+        memory = ptx_interpreter.Memory(before)
+        for launch in launches:
+            entry = self.ptx.entry(launch.kernel)
+            ptx_interpreter.run(
+                entry, launch.grid, launch.block, launch.shared_bytes, launch.arguments, memory
+            )
+        names = ", ".join(launch.name for launch in launches)
+        for pointer, expected in memory.contents().items():
+            data = self._memory()[pointer]
+            if data != expected:
+                at = next(
+                    i
+                    for i, pair in enumerate(zip(data, expected, strict=True))
+                    if pair[0] != pair[1]
+                )
+                differing = sum(a != b for a, b in zip(data, expected, strict=True))
+                index = [buffer.pointer for buffer in self.buffers].index(pointer)
+                raise AssertionError(
+                    f"{names}: executor and PTX interpreter disagree in {differing} of {len(data)} "
+                    f"bytes of buffer {index}, first at byte {at}"
+                )
 
     def counters(self) -> Counters:
         result = Counters()

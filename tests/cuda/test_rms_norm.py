@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_simulator import Simulator, dtype_value, struct
+from cuda_simulator import CUDA, Simulator, dtype_value, struct
 from tolerance import assert_pointwise
 
 SHAPES = [
@@ -123,3 +123,12 @@ def test_traffic_is_the_minimum(sim, rng, dtype):
     assert 32 * counted.distinct_store_sectors == rows * row_bytes
     assert counted.load_sectors == counted.load_sectors_needed
     assert counted.store_sectors == counted.store_sectors_needed
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weight_dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 904), (2, 13)])
+def test_ptx_agrees(sim, rng, shape, dtype, weight_dtype):
+    sim.compare_with_ptx(CUDA / "rms_norm.cu")
+    x, residual = torch.randn((2, *shape), generator=rng).to(dtype)
+    rms_norm(sim, x, torch.randn(shape[1], generator=rng).to(weight_dtype), residual)
