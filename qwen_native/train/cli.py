@@ -8,6 +8,11 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "pretrain": ("pretrain", "train on text, from scratch or further"),
+    "reward": ("reward", "train a reward model on preference pairs"),
+    "dpo": ("dpo", "train a model on preference pairs directly"),
+    "ppo": ("ppo", "reinforcement learning with a reward model and a critic"),
+    "grpo": ("grpo", "reinforcement learning with groups of answers and a verifier"),
+    "merge": ("merge", "merge a LoRA adapter into its base model"),
     "tokenize": ("tokenize", "make token shards of text, JSON lines or parquet files"),
 }
 """Command: module of this package, and what it does."""

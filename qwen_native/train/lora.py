@@ -13,12 +13,13 @@ has the policy and the critic as adapters, and the bare base as the reference.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ from qwen_native.files import read_json_object
 from qwen_native.nn import Qwen
 from qwen_native.safetensors import read_safetensors
 from qwen_native.tensor_names import FLOAT_TYPES
+from qwen_native.train.session import section
 
 QUANTIZED_FORMATS = ("int4", "int8")
 POLICY = "default"  # the adapter that is trained unless said otherwise; PEFT's name for it
@@ -70,6 +72,21 @@ class LoraConfig:
             raise ValueError(f"alpha is {self.alpha}, expected more than 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, expected at least 0 and less than 1")
+
+
+@section
+@dataclass(frozen=True)
+class LoraOptions(LoraConfig):
+    """LoRA in a recipe.
+
+    Attributes:
+        quantize: format of the frozen base: "int4" or "int8" for QLoRA, null for none.
+        embeddings: "train" the embedding and the head in full beside the adapters, "freeze" them,
+            or "auto": train them when the checkpoint does not know the tokens of ChatML.
+    """
+
+    quantize: Literal["int4", "int8"] | None = None
+    embeddings: Literal["auto", "train", "freeze"] = "auto"
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -318,6 +335,38 @@ def train_embeddings(model: Qwen) -> None:
     model.head_weight.requires_grad_(True)
 
 
+def prepare(model: Qwen, options: LoraOptions, say: Callable[[str], None]) -> None:
+    """Freeze and, if asked for, quantise the model, and add the adapter that is trained."""
+    if options.quantize is not None:
+        quantize_base(model, options.quantize)
+    add_adapter(model, options)
+    whole = options.embeddings == "train"
+    if options.embeddings == "auto" and not knows_chat_tokens(model):
+        whole = True
+        say(
+            "the checkpoint does not know the tokens of ChatML: its embedding and head are "
+            "trained, too (lora.embeddings=freeze leaves them)"
+        )
+    if whole:
+        train_embeddings(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    layers = len(lora_layers(model))
+    say(f"LoRA of rank {options.rank} on {layers} layers: {trained / 1e6:,.1f} M parameters")
+
+
+def prepare_beside_reference(model: Qwen, options: LoraOptions, say: Callable[[str], None]) -> None:
+    """As `prepare`, for a model whose bare base is the reference: only adapters may change.
+
+    Raises:
+        ValueError: the options ask for more.
+    """
+    if options.embeddings == "train":
+        raise ValueError(
+            "lora.embeddings is train, but the reference has the same ones; expected freeze"
+        )
+    prepare(model, dataclasses.replace(options, embeddings="freeze"), say)
+
+
 def merged_tensors(model: Qwen, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """Yield (checkpoint name, tensor) of the model with its active adapters merged in.
 
@@ -412,6 +461,14 @@ def save_adapter(model: Qwen, folder: Path, name: str = POLICY, base: str = "") 
     save_file(tensors, folder / _WEIGHTS_FILE, {"format": "pt"})
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     (folder / _CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def save_policy(model: Qwen, folder: Path, base: str) -> None:
+    """Write the adapter if the model has one, else the model as a Hugging Face folder."""
+    if lora_layers(model):
+        save_adapter(model, folder, base=base)
+    else:
+        model.save(folder)
 
 
 def _embeddings(model: Qwen) -> list[tuple[str, Tensor]]:

@@ -101,11 +101,17 @@ class Metrics:
         if not math.isfinite(values["gradient_norm"]):
             self.say(f"step {values['step']:.0f}: the gradient is not finite; nothing was updated")
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """Record the validation loss after a step."""
+    def evaluation(self, step: int, loss: float, **values: float) -> None:
+        """Record the validation loss after a step, and `values` as validation_<name>.
+
+        Without values the loss is a cross-entropy, whose perplexity is shown.
+        """
         if self.is_main:
-            self._write({"step": step, "validation_loss": loss})
-            self.say(f"step {step}: validation loss {loss:.4f} (perplexity {math.exp(loss):.2f})")
+            named = {f"validation_{name}": value for name, value in values.items()}
+            self._write({"step": step, "validation_loss": loss, **named})
+            more = [f"{name} {value:.4f}" for name, value in values.items()]
+            more = more or [f"perplexity {math.exp(loss):.2f}"]
+            self.say(f"step {step}: validation loss {loss:.4f} ({', '.join(more)})")
 
     def say(self, text: str) -> None:
         """Tell the user something, above the progress bar if there is one."""

@@ -207,13 +207,19 @@ def read_prompts(files: Sequence[Path], report: Report) -> Iterator[tuple[str, l
     """Yield ("file:line", messages) to be answered: `{"prompt": text or messages}` or a chat that
     ends with the user's turn."""
 
-    def convert(value: Mapping[str, Any]) -> list[Message]:
-        messages = _prompt(value["prompt"]) if "prompt" in value else chat_messages(value)
-        if messages[-1]["role"] not in ("user", "tool"):
-            raise ValueError(f"ends with role {messages[-1]['role']!r}, expected 'user'")
-        return messages
+    return _used(files, report, prompt_messages)
 
-    return _used(files, report, convert)
+
+def prompt_messages(value: Mapping[str, Any]) -> list[Message]:
+    """The messages of one record to be answered; see `read_prompts`.
+
+    Raises:
+        ValueError: it has none, or does not end with the user's turn.
+    """
+    messages = _prompt(value["prompt"]) if "prompt" in value else chat_messages(value)
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise ValueError(f"ends with role {messages[-1]['role']!r}, expected 'user'")
+    return messages
 
 
 @dataclass(frozen=True)

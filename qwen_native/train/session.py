@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import nn
 
 from qwen_native.checkpoint import open_checkpoint
 from qwen_native.config import ModelConfig
@@ -116,8 +117,25 @@ def section(kind: type[Any]) -> type[Any]:
     return kind
 
 
-def run(config: C, options: argparse.Namespace, plan: Planner[C]) -> int:
-    """Train as configured, from the data to the exported model in `run.folder`/model."""
+def run(
+    config: C,
+    options: argparse.Namespace,
+    plan: Planner[C],
+    *,
+    prepare: Callable[[C, Qwen, Callable[[str], None]], nn.Module] | None = None,
+    trainer: type[Trainer] = Trainer,
+    save: Callable[[C, nn.Module, Path], None] | None = None,
+) -> int:
+    """Train as configured, from the data to the exported model in `run.folder`/model.
+
+    Args:
+        config: the recipe.
+        options: of the command line.
+        plan: reads the data.
+        prepare: makes of the model what is trained, on one process; default: the model itself.
+        trainer: what trains it.
+        save: writes the result into a folder; default: as a Hugging Face folder.
+    """
     with world() as processes:
         folder = Path(config.run.folder)
         if not options.resume and not options.estimate and checkpoints(folder):
@@ -128,23 +146,42 @@ def run(config: C, options: argparse.Namespace, plan: Planner[C]) -> int:
         planned = plan(config, tokenizer, processes, metrics.say)
         model = open_model(config.model, tokenizer, planned.context, processes)
         limit = config.run.micro_batch_tokens or planned.context
-        estimate(model, config, planned, limit, processes, metrics)
+        flops = model_flops(model, planned.context)
+        trained: nn.Module = model
+        if prepare is not None:
+            if processes.distributed:
+                raise ValueError("this training runs on one process, but torchrun started it")
+            trained = prepare(config, model, metrics.say)
+        estimate(
+            trained,
+            model.config,
+            config,
+            planned.steps,
+            planned.context,
+            limit,
+            flops,
+            processes,
+            metrics,
+        )
         if options.estimate:
             return 0
         if processes.is_main:
             (folder / "config.json").write_text(json.dumps(as_dict(config), indent=2) + "\n")
-        trainer = Trainer(
-            model, planned.source, config.optim, config.run, processes,
+        loop = trainer(
+            trained, planned.source, config.optim, config.run, processes,
             planned.steps, limit, metrics,
         )  # fmt: skip
         # From here on every process has random numbers of its own.
         torch.manual_seed(config.run.seed + processes.rank)
         if options.resume:
-            trainer.resume()
+            loop.resume()
         else:
             metrics.restart()
-        trainer.train()
-        export(model, folder / "model", files, config.model.precision, processes)
+        loop.train()
+        if save is None:
+            export(model, folder / "model", files, config.model.precision, processes)
+        else:
+            save(config, trained, folder / "model")
         metrics.say(f"done: the model is in {folder / 'model'}")
     return 0
 
@@ -229,40 +266,59 @@ def new_config(options: ModelOptions, tokenizer: Tokenizer, context: int) -> Mod
 
 
 def estimate(
-    model: Qwen, config: Config, plan: Plan, limit: int, processes: World, metrics: Metrics
+    trained: nn.Module,
+    shape: ModelConfig,
+    config: Config,
+    steps: int,
+    context: int,
+    limit: int,
+    flops: float,
+    processes: World,
+    metrics: Metrics,
 ) -> None:
     """Say, before anything is computed, what memory and time the run will take.
+
+    Args:
+        trained: with its frozen parameters.
+        shape: of the model.
+        config: the recipe.
+        steps: of the run.
+        context: tokens of the longest sample.
+        limit: most tokens of a micro-batch.
+        flops: of training all of the model on one token; frozen matrices save a third.
+        processes: that train together.
+        metrics: says it.
 
     Raises:
         ValueError: the parameters and the optimiser alone do not fit into memory.
     """
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in trained.parameters() if p.requires_grad)
+    frozen = sum(p.nbytes for p in trained.parameters() if not p.requires_grad)
     narrow = config.model.precision == "bf16" and not processes.distributed
-    state = parameters * 16 / processes.size
-    shape = model.config
+    state = (parameters * 16 + frozen) / processes.size
     element = 2 if config.model.precision == "bf16" else 4
     rows = shape.head_dim * (3 * shape.num_heads + 4 * shape.num_kv_heads)
     layer = 4 * shape.hidden_size + rows + 3 * shape.intermediate_size
     kept = shape.num_layers * (
         shape.hidden_size if config.model.activation_checkpointing else layer
     )
-    activations = max(limit, plan.context) * (kept + layer) * element
+    activations = max(limit, context) * (kept + layer) * element
     dtype = torch.bfloat16 if config.model.precision == "bf16" else torch.float32
     peak = matrix_peak(dtype, processes.device) * processes.size
-    per_token = model_flops(model, plan.context)
+    per_token = flops * 2 / 3 if frozen else flops
     metrics.peak_per_token = per_token / peak
-    tokens = plan.steps * config.run.batch_size * plan.context
+    tokens = steps * config.run.batch_size * context
     hours = tokens * per_token / (_TYPICAL_PEAK_SHARE * peak) / 3600
     metrics.say(
-        f"{parameters / 1e6:,.1f} M parameters; memory per process about "
+        f"{parameters / 1e6:,.1f} M parameters are trained; memory per process about "
         f"{(state + activations) / 1e9:.2f} GB: {state / 1e9:.2f} for parameters"
         f"{' and their float32 copies' if narrow else ''}, gradients and optimiser, "
         f"{activations / 1e9:.2f} for activations\n"
-        f"{plan.steps} steps, at most {tokens / 1e6:,.1f} M tokens; about {_duration(hours)} at "
+        f"{steps} steps, at most {tokens / 1e6:,.1f} M tokens; about {_duration(hours)} at "
         f"{100 * _TYPICAL_PEAK_SHARE:.0f} % of the matrix peak ({peak / 1e9:,.0f} GFLOP/s)"
     )
     free = available_memory()
-    if processes.device.type == "cpu" and free and state * 14 / 16 > free:
+    if processes.device.type == "cpu" and free and parameters * 14 / processes.size > free:
         raise ValueError(
             f"the run needs {state / 1e9:.1f} GB for parameters and optimiser, "
             f"but only {free / 1e9:.1f} GB are free"

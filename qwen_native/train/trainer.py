@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwen_native.nn import Qwen
 from qwen_native.train.checkpoint import checkpoints, load_checkpoint, save_checkpoint
@@ -44,7 +44,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: Qwen,
+        model: nn.Module,
         source: Source,
         optim: OptimOptions,
         run: RunOptions,
