@@ -61,6 +61,20 @@ class RenderedPrompt:
 
 
 @dataclass(frozen=True)
+class TrainingText:
+    """A conversation to learn from.
+
+    Attributes:
+        token_ids: The whole conversation.
+        trained: For each token whether a model should learn to produce it: what an assistant's turn
+            holds, and the token that ends it.
+    """
+
+    token_ids: list[int]
+    trained: list[bool]
+
+
+@dataclass(frozen=True)
 class ToolCall:
     """A call that the assistant asks for: the tool's name and its arguments by name."""
 
@@ -262,6 +276,55 @@ class ChatFormat:
             ids += self._generation_prompt(tokenizer, enable_thinking)
         return RenderedPrompt(ids, self.stop_ids(tokenizer), len(rounds) - kept)
 
+    def render_training(
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+    ) -> TrainingText:
+        """Turn a conversation into ids with the positions that an assistant produces.
+
+        The ids are those of `render`, but an assistant's content is encoded apart from what stands
+        before it, as it is when the model generates it. Which tokens count is decided by position.
+
+        Args:
+            tokenizer: The checkpoint's tokenizer.
+            messages: As for `render`, with an assistant's message.
+            tools: As for `render`.
+
+        Raises:
+            ValueError: A message, or an option that this format lacks; or no assistant speaks.
+        """
+        if tools and not self.tools:
+            raise ValueError(
+                f"tools: the {self.name} format of this checkpoint has none, expected None"
+            )
+        checked = [_checked(message, i) for i, message in enumerate(_listed(messages, "messages"))]
+        self._check_order(checked, add_generation_prompt=False)
+        if all(message.role != "assistant" for message in checked):
+            raise ValueError("messages have no turn of role 'assistant', expected one to learn")
+        system = self.default_system
+        if checked[0].role == "system":
+            system = checked.pop(0).content
+        ids = self._system(tokenizer, system, tools or ())
+        trained = [False] * len(ids)
+        opening = self._generation_prompt(tokenizer, enable_thinking=True)
+        # Turns of earlier rounds do not open the thinking that the prompt of a reply opens.
+        shorter = self.thinking == "always"
+        header = (
+            opening[: opening.index(tokenizer.special_tokens["<think>"])] if shorter else opening
+        )
+        for role, turn in self._turns(tokenizer, checked, apart=True):
+            begin = end = 0
+            if role == "assistant":
+                begin = len(opening if turn[: len(opening)] == opening else header)
+                # What follows the end token is written by whoever continues the conversation.
+                end = len(turn) - turn[::-1].index(tokenizer.im_end)
+            ids += turn
+            trained += [begin <= i < end for i in range(len(turn))]
+        return TrainingText(ids, trained)
+
     def parse_reply(self, tokenizer: Tokenizer, token_ids: Iterable[int]) -> Reply:
         """Take a generated reply apart: thinking, tool calls, answer.
 
@@ -340,9 +403,12 @@ class ChatFormat:
         return prompt.encode()
 
     def _turns(
-        self, tokenizer: Tokenizer, messages: Sequence[_Message]
+        self, tokenizer: Tokenizer, messages: Sequence[_Message], apart: bool = False
     ) -> list[tuple[str, list[int]]]:
-        """Encode each turn; tool results that follow one another share a turn of role "tool"."""
+        """Encode each turn; tool results that follow one another share a turn of role "tool".
+
+        With `apart`, what an assistant says is not merged with the line end before it.
+        """
         if self.separate_pieces:
             line_end = tokenizer.encode("\n")
             return [
@@ -354,7 +420,7 @@ class ChatFormat:
             prompt = _Prompt(tokenizer)
             if message.role == "assistant":
                 think = i > last_query and self.thinking != "none"
-                self._assistant(prompt, message, think, last=i == len(messages) - 1)
+                self._assistant(prompt, message, think, i == len(messages) - 1, apart)
             elif message.role == "tool":
                 if messages[i - 1].role == "tool":
                     continue
@@ -372,15 +438,21 @@ class ChatFormat:
             turns.append((message.role, prompt.encode()))
         return turns
 
-    def _assistant(self, prompt: _Prompt, message: _Message, think: bool, last: bool) -> None:
+    def _assistant(
+        self, prompt: _Prompt, message: _Message, think: bool, last: bool, apart: bool
+    ) -> None:
         """Write an assistant turn, with its thinking only after the last question (`think`)."""
         content, reasoning = message.content, message.reasoning
         if self.thinking != "none" and reasoning is None and "</think>" in content:
             reasoning = content.split("</think>")[0].rstrip("\n").split("<think>")[-1]
             content = content.split("</think>")[-1].lstrip("\n")
         prompt.scaffold(f"{IM_START}assistant\n")
+        if apart:
+            prompt.cut()
         if think and (last or reasoning):
             prompt.scaffold("<think>\n")
+            if apart and self.thinking == "always":
+                prompt.cut()
             prompt.content((reasoning or "").strip("\n"))
             prompt.scaffold("\n</think>\n\n")
             prompt.content(content.lstrip("\n"))
@@ -431,6 +503,10 @@ class _Prompt:
             self._parts[-1].append(text)
         else:
             self._parts.append([text])
+
+    def cut(self) -> None:
+        """Encode what follows apart from what came before."""
+        self._parts.append([])
 
     def encode(self) -> list[int]:
         ids: list[int] = []
