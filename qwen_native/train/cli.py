@@ -14,6 +14,7 @@ COMMANDS = {
     "ppo": ("ppo", "reinforcement learning with a reward model and a critic"),
     "grpo": ("grpo", "reinforcement learning with groups of answers and a verifier"),
     "merge": ("merge", "merge a LoRA adapter into its base model"),
+    "plot": ("plot", "draw the curves of runs as a PNG"),
     "tokenize": ("tokenize", "make token shards of text, JSON lines or parquet files"),
 }
 """Command: module of this package, and what it does."""
@@ -27,8 +28,12 @@ commands:
 
 examples:
   qwen-native train pretrain recipes/pretrain_small.yaml
+  qwen-native train sft model.path=demo 'data.files=[chats.jsonl]' optim.learning_rate=1e-5 \\
+      run.folder=runs/mine
+  qwen-native train plot runs/mine
   qwen-native train pretrain --help
-  torchrun --nproc-per-node 8 -m qwen_native.train pretrain recipes/pretrain_7b.yaml
+  torchrun --nproc-per-node 8 -m qwen_native.train pretrain recipes/pretrain_7b.yaml \\
+      'data.files=[corpus/*.parquet]'
 """
 
 

@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 import json
 import math
+import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,14 @@ from qwen_native.packed_cache import load_tokenizer as tokenizer_of
 from qwen_native.token_files import byte_tokenizer_json
 from qwen_native.tokenizer import Tokenizer
 from qwen_native.train.checkpoint import checkpoints
-from qwen_native.train.config import ModelOptions, OptimOptions, RunOptions, as_dict, load_config
+from qwen_native.train.config import (
+    ModelOptions,
+    OptimOptions,
+    RunOptions,
+    ShapeOptions,
+    as_dict,
+    load_config,
+)
 from qwen_native.train.data import Source
 from qwen_native.train.distributed import World, shard, whole_state, world
 from qwen_native.train.metrics import Metrics, available_memory, matrix_peak
@@ -92,20 +101,27 @@ def parse(
 
 
 def _describe(kind: type[Any], prefix: str = "  ") -> str:
-    """The keys of a configuration with their defaults, a line for each section."""
+    """The keys of a configuration with their defaults and what their docstring says."""
+    documented = dict(_ATTRIBUTE.findall(kind.__doc__ or ""))
     lines = []
     for field in dataclasses.fields(kind):
-        default = field.default
-        value = "required" if default is dataclasses.MISSING else default
-        inner = _SECTIONS.get(str(field.type))
-        lines.append(f"{prefix}{field.name}:" if inner else f"{prefix}{field.name}: {value}")
-        if inner:
-            lines.append(_describe(inner, prefix + "  "))
+        name = str(field.type).removesuffix(" | None")
+        if name in _SECTIONS:
+            lines += [f"{prefix}{field.name}:", _describe(_SECTIONS[name], prefix + "  ")]
+            continue
+        missing = field.default is dataclasses.MISSING
+        value = "required" if missing else f"default {field.default}"
+        meaning = " ".join(documented.get(field.name, "").split())
+        text = f"{field.name} ({value}){': ' + meaning if meaning else ''}"
+        inner = prefix + "  "
+        lines.append(textwrap.fill(text, 96, initial_indent=prefix, subsequent_indent=inner))
     return "\n".join(lines)
 
 
+_ATTRIBUTE = re.compile(r"^        (\w+): (.*(?:\n            .*)*)", re.MULTILINE)
 _SECTIONS: dict[str, type[Any]] = {
     "ModelOptions": ModelOptions,
+    "ShapeOptions": ShapeOptions,
     "OptimOptions": OptimOptions,
     "RunOptions": RunOptions,
 }
