@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -85,11 +89,17 @@ def whole_state(model: Qwen, world: World) -> dict[str, torch.Tensor]:
     return state
 
 
-def shard(model: Qwen, world: World, precision: str) -> None:
-    """Spread parameters, gradients and optimiser state over the processes (FSDP2).
+def shard(model: Qwen, state: dict[str, torch.Tensor], world: World, precision: str) -> None:
+    """Spread a model over the processes (FSDP2) and fill it with the main process's `state`.
 
     Parameters stay float32; with precision "bf16" each layer computes with a rounded copy that
     lives only while it is needed, and gradients are summed in float32.
+
+    Args:
+        model: on the meta device.
+        state: all parameters on the main process, nothing on the others.
+        world: the processes.
+        precision: "bf16" or "fp32".
     """
     mesh = init_device_mesh(world.device.type, (world.size,))
     narrow = torch.bfloat16 if precision == "bf16" else None
@@ -99,3 +109,6 @@ def shard(model: Qwen, world: World, precision: str) -> None:
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.to_empty(device=world.device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, dict(state), options=options)

@@ -231,22 +231,30 @@ def _path(options: ModelOptions) -> str | None:
 
 def open_model(options: ModelOptions, tokenizer: Tokenizer, context: int, processes: World) -> Qwen:
     """Load or make the model, in its precision, on its device, sharded under torchrun."""
-    # Sharded parameters stay float32; FSDP rounds them for the computation.
-    dtype = torch.float32 if processes.distributed else _DTYPES[options.precision]
-    if options.shape is None:
-        model = Qwen.load(_path(options), dtype, options.kernels)
-    else:
-        model = Qwen(new_config(options, tokenizer, context), options.kernels).to(dtype)
-    if tokenizer.vocab_size > model.config.vocab_size:
+    checkpoint = None if options.shape else open_checkpoint(resolve_model(_path(options)))
+    shape = checkpoint.config if checkpoint else new_config(options, tokenizer, context)
+    if tokenizer.vocab_size > shape.vocab_size:
         raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model only "
-            f"{model.config.vocab_size}"
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model only {shape.vocab_size}"
         )
+
+    def whole(dtype: torch.dtype) -> Qwen:
+        if checkpoint is not None:
+            return Qwen.load(checkpoint.path, dtype, options.kernels)
+        return Qwen(shape, options.kernels).to(dtype)
+
+    if processes.distributed:
+        # Sharded parameters stay float32; FSDP rounds them for the computation. Only the main
+        # process ever holds the whole model.
+        state = whole(torch.float32).state_dict() if processes.is_main else {}
+        with torch.device("meta"):
+            model = Qwen(shape, options.kernels)
+        model.source = checkpoint
+        shard(model, state, processes, options.precision)
+    else:
+        model = whole(_DTYPES[options.precision]).to(processes.device)
     model.activation_checkpointing = options.activation_checkpointing
     model.dropout = options.dropout
-    model.to(processes.device)
-    if processes.distributed:
-        shard(model, processes, options.precision)
     return model
 
 
