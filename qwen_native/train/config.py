@@ -33,20 +33,47 @@ def check_range(options: object, **limits: tuple[float, float]) -> None:
 
 @dataclass(frozen=True)
 class ShapeOptions:
-    """A new model's shape; see `qwen_native.config.ModelConfig`."""
+    """A new model's shape; see `qwen_native.config.ModelConfig`.
+
+    Attributes:
+        num_kv_heads: default: num_heads.
+        head_dim: default: hidden_size / num_heads.
+        vocab_size: default: the tokenizer's, rounded up to a multiple of 64.
+        max_position_embeddings: default: the context of the training.
+    """
 
     hidden_size: int
     intermediate_size: int
     num_layers: int
     num_heads: int
-    num_kv_heads: int | None = None  # num_heads
-    head_dim: int | None = None  # hidden_size / num_heads
-    vocab_size: int | None = None  # the tokenizer's, rounded up to a multiple of 64
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    vocab_size: int | None = None
     architecture: Literal["qwen", "qwen2", "qwen3"] = "qwen2"
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
-    max_position_embeddings: int | None = None  # the context of the training
+    max_position_embeddings: int | None = None
     tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        check_range(self, hidden_size=(1, 1 << 20), num_heads=(1, 1 << 12))
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size is {self.hidden_size}, expected a multiple of num_heads "
+                f"{self.num_heads}, or head_dim"
+            )
+        if self.architecture == "qwen":
+            fixed: dict[str, tuple[object, ...]] = {
+                "num_kv_heads": (None, self.num_heads),
+                "tie_word_embeddings": (False,),
+                "head_dim": (None, self.hidden_size // self.num_heads),
+            }
+            for name, allowed in fixed.items():
+                if getattr(self, name) not in allowed:
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)}, which architecture qwen does not have; "
+                        "expected qwen2 or qwen3"
+                    )
 
 
 @dataclass(frozen=True)

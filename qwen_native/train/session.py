@@ -91,7 +91,7 @@ def parse(
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="instead of the recipe's")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
     parser.add_argument("--estimate", action="store_true", help="only say what the run would need")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     overrides = list(options.overrides)
     if options.recipe is not None and "=" in options.recipe:
         overrides.insert(0, options.recipe)
