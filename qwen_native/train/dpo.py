@@ -5,7 +5,6 @@ Rafailov et al. 2023 (arXiv 2305.18290): pairs of answers, no reward model, no s
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from qwen_native.train.preference import (
     PairOptions,
     PairTrainer,
     answer_log_probs,
+    copy_of,
     plan_pairs,
 )
 from qwen_native.train.session import Plan, parse, run, section
@@ -104,7 +104,7 @@ def prepare(config: DpoConfig, model: Qwen, say: Callable[[str], None]) -> nn.Mo
     if config.lora is not None:
         lora.prepare_beside_reference(model, config.lora, say)
         return DpoModel(model, None, config.dpo.beta)
-    return DpoModel(model, copy.deepcopy(model), config.dpo.beta)
+    return DpoModel(model, copy_of(model), config.dpo.beta)
 
 
 def save(config: DpoConfig, model: nn.Module, folder: Path) -> None:

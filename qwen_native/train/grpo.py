@@ -7,7 +7,6 @@ reference by a KL term in the loss.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ from qwen_native.train.lora import LoraOptions
 from qwen_native.train.metrics import Metrics
 from qwen_native.train.objectives import clipped_policy_loss, group_advantages, kl_estimate
 from qwen_native.train.ppo import policy_parameters, reference_log_probs
-from qwen_native.train.preference import target_log_probs
+from qwen_native.train.preference import copy_of, target_log_probs
 from qwen_native.train.rl import (
     Experience,
     Judge,
@@ -159,7 +158,7 @@ def main(argv: Sequence[str]) -> int:
     if config.lora is not None:
         lora.prepare_beside_reference(policy, config.lora, metrics.say)
     else:
-        reference = copy.deepcopy(policy).requires_grad_(False)
+        reference = copy_of(policy).requires_grad_(False)
     trainer = GrpoTrainer(config, policy, reference, setup.prompts, judge, metrics)
     models = [model for model in (policy, reference, judge.model) if model is not None]
     run_trainer(config, options, trainer, models)

@@ -10,7 +10,6 @@ What the report does not state has the usual default, see `PpoOptions`.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from qwen_native.train.objectives import (
     whitened,
 )
 from qwen_native.train.optim import AdamW
-from qwen_native.train.preference import target_log_probs
+from qwen_native.train.preference import copy_of, target_log_probs
 from qwen_native.train.rl import (
     Experience,
     Judge,
@@ -284,7 +283,7 @@ def open_critic(config: PpoConfig, policy: Qwen, say: Callable[[str], None]) -> 
         return critic
     path = options.critic or config.reward.model
     if path is None:
-        return ScalarModel(copy.deepcopy(policy))
+        return ScalarModel(copy_of(policy))
     return ScalarModel.load(Path(path), dtype, config.model.kernels)
 
 
@@ -295,7 +294,7 @@ def main(argv: Sequence[str]) -> int:
     )
     setup = set_up(config, resume=options.resume)
     policy, judge, metrics = setup.policy, setup.judge, setup.metrics
-    reference = None if config.lora is not None else copy.deepcopy(policy).requires_grad_(False)
+    reference = None if config.lora is not None else copy_of(policy).requires_grad_(False)
     critic = open_critic(config, policy, metrics.say)
     pretraining = None
     if config.ppo.pretraining_coefficient and config.ppo.pretraining_shards is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from qwen_native.chat import ChatFormat
 from qwen_native.checkpoint import open_checkpoint
 from qwen_native.hub import resolve_model
-from qwen_native.nn import Qwen
+from qwen_native.nn import KERNELS, Qwen
 from qwen_native.tokenizer import Tokenizer
 from qwen_native.train.config import ModelOptions, RunOptions, check_range
 from qwen_native.train.data import IGNORE, Batch, Sample, micro_batches
@@ -232,6 +232,19 @@ class PairTrainer(Trainer):
         self.metrics.evaluation(
             self.progress.step, float(losses.mean()), accuracy=accuracy, margin=margin
         )
+
+
+def copy_of(model: Qwen) -> Qwen:
+    """Another model with the same parameters."""
+    kernels = next(name for name, path in KERNELS.items() if path == model.kernels.__name__)
+    with torch.device("meta"):
+        twin = Qwen(model.config, kernels)
+    weight = model.embedding.weight
+    twin.to(weight.dtype).to_empty(device=weight.device)
+    twin.load_state_dict(model.state_dict())
+    twin.source = model.source
+    twin.activation_checkpointing = model.activation_checkpointing
+    return twin
 
 
 def target_log_probs(model: Qwen, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:

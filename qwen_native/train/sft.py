@@ -10,24 +10,31 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+from torch import nn
 
 from qwen_native.chat import ChatFormat, TrainingText
 from qwen_native.checkpoint import open_checkpoint
 from qwen_native.hub import resolve_model
+from qwen_native.nn import Qwen
 from qwen_native.tokenizer import Tokenizer
+from qwen_native.train import lora
 from qwen_native.train.config import ModelOptions, OptimOptions, RunOptions, check_range
 from qwen_native.train.data import IGNORE, Sample
 from qwen_native.train.distributed import World
+from qwen_native.train.lora import LoraOptions
 from qwen_native.train.records import Message, Report, expand, read_chats
 from qwen_native.train.session import Plan, parse, run, section
 
 EXAMPLES = """
   qwen-native train sft recipes/sft_small.yaml
   qwen-native train sft recipes/sft.yaml model.path=./Qwen-7B 'data.files=[chats.jsonl]'
+  qwen-native train sft recipes/sft_demo_lora.yaml
+  qwen-native train sft recipes/sft_demo_lora.yaml lora.quantize=int4
   qwen-native train sft recipes/sft.yaml --estimate
   torchrun --nproc-per-node 8 -m qwen_native.train sft recipes/sft.yaml"""
 
@@ -71,12 +78,13 @@ class TooLongError(ValueError):
 
 @dataclass(frozen=True)
 class SftConfig:
-    """A fine-tuning run."""
+    """A fine-tuning run: of all parameters, or with `lora` of adapters, which it writes then."""
 
     model: ModelOptions
     data: ChatOptions
     optim: OptimOptions
     run: RunOptions
+    lora: LoraOptions | None = None
 
 
 def chat_format(options: ModelOptions) -> ChatFormat:
@@ -233,9 +241,24 @@ def plan(
     return Plan(source, steps, data.context)
 
 
+def prepare(config: SftConfig, model: Qwen, say: Callable[[str], None]) -> nn.Module:
+    """Freeze the model and add the adapter."""
+    assert config.lora is not None
+    lora.prepare(model, config.lora, say)
+    return model
+
+
+def save(config: SftConfig, model: nn.Module, folder: Path) -> None:
+    """Write the adapter."""
+    assert isinstance(model, Qwen)
+    lora.save_adapter(model, folder, base=config.model.path or "")
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     config, options = parse(
-        SftConfig, argv, "sft", "Fine-tune a model on conversations (full parameters).", EXAMPLES
+        SftConfig, argv, "sft", "Fine-tune a model on conversations, whole or by LoRA.", EXAMPLES
     )
-    return run(config, options, plan)
+    if config.lora is None:
+        return run(config, options, plan)
+    return run(config, options, plan, prepare=prepare, save=save)
