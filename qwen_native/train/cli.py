@@ -14,6 +14,7 @@ COMMANDS = {
     "ppo": ("ppo", "reinforcement learning with a reward model and a critic"),
     "grpo": ("grpo", "reinforcement learning with groups of answers and a verifier"),
     "merge": ("merge", "merge a LoRA adapter into its base model"),
+    "export": ("export_run", "write a checkpoint as a Hugging Face folder"),
     "plot": ("plot", "draw the curves of runs as a PNG"),
     "tokenize": ("tokenize", "make token shards of text, JSON lines or parquet files"),
 }

@@ -154,8 +154,9 @@ def run(
     """
     with world() as processes:
         folder = Path(config.run.folder)
-        if not options.resume and not options.estimate and checkpoints(folder):
-            raise ValueError(f"{folder}: has checkpoints; give --resume or another run.folder")
+        used = checkpoints(folder) or (folder / "model").exists()
+        if used and not options.resume and not options.estimate:
+            raise ValueError(f"{folder}: has a run already; give --resume or another run.folder")
         metrics = Metrics(folder, processes.is_main, config.run.tensorboard)
         torch.manual_seed(config.run.seed)
         tokenizer, files = open_tokenizer(config.model, folder, processes)

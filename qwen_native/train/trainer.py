@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Sequence
@@ -81,6 +82,11 @@ class Trainer:
                 f"{found[-1][1]}: was made for {values['steps']} steps of batch size "
                 f"{values['batch_size']}, not {self.steps} of {self.run.batch_size}"
             )
+        if values["next_samples"] != digest(self.source.step(values["step"])):
+            raise ValueError(
+                f"{found[-1][1]}: the data that come next are not those of the run that wrote it; "
+                "expected the same files, context, batch and seed"
+            )
         self.progress = Progress(values["step"], values["tokens"], values["skipped"])
         self.optimiser.restored(self.progress.step)
         self.metrics.rewind(self.progress.step)
@@ -88,8 +94,6 @@ class Trainer:
     def train(self) -> None:
         """Do the remaining steps; the last one is always evaluated and checkpointed."""
         run, progress = self.run, self.progress
-        if self.micro_batch_tokens < 1:
-            raise ValueError("micro_batch_tokens is below 1")
         self.model.train()
         with self.metrics.showing(self.steps, progress.step):
             while progress.step < self.steps:
@@ -108,6 +112,7 @@ class Trainer:
             "batch_size": self.run.batch_size,
             "tokens": progress.tokens,
             "skipped": progress.skipped,
+            "next_samples": digest(self.source.step(progress.step)),
         }
         keep = self.run.keep_checkpoints
         tensors = self.optimiser.tensors()
@@ -176,6 +181,16 @@ class Trainer:
         counted = sum(sample.counted for sample in samples)
         mean = float(self.world.total(loss)) / max(counted, 1)
         self.metrics.evaluation(self.progress.step, mean)
+
+
+def digest(samples: Sequence[Sample]) -> str:
+    """A hash of all that the trainer sees of some samples."""
+    state = hashlib.sha256()
+    for sample in samples:
+        state.update(repr(sample.lengths).encode())
+        state.update(sample.tokens.astype("<i8").tobytes())
+        state.update(sample.targets.astype("<i8").tobytes())
+    return state.hexdigest()[:16]
 
 
 def model_flops(model: Qwen, context: int) -> float:

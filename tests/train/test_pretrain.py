@@ -135,5 +135,5 @@ def test_a_used_folder_is_not_overwritten(tmp_path):
     checkpoint = tmp_path / "a" / "run" / "checkpoints" / "step-00000001"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text("{}")
-    with pytest.raises(ValueError, match="has checkpoints; give --resume or another run.folder"):
+    with pytest.raises(ValueError, match="has a run already; give --resume or another run.folder"):
         main(["pretrain", *arguments[1:]])

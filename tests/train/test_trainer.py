@@ -108,6 +108,9 @@ def test_a_run_does_not_resume_into_another_plan(tmp_path, source):
     model = tiny_model(source.tokenizer, context=CONTEXT)
     with pytest.raises(ValueError, match="was made for 2 steps of batch size 8, not 3 of 8"):
         train(tmp_path, model, source, steps=3, resume=True)
+    other = PackedText(source.stream.shards, CONTEXT, 8, seed=2)
+    with pytest.raises(ValueError, match="the data that come next are not those of the run"):
+        train(tmp_path, model, other, steps=2, resume=True)
     with pytest.raises(ValueError, match="has no checkpoint"):
         train(tmp_path / "none", model, source, resume=True)
 
