@@ -25,6 +25,11 @@ def cases_library() -> Simulator:
     return _library("qn_simt_cases")
 
 
+@pytest.fixture(scope="session")
+def fast_cases_library() -> Simulator:
+    return _library("qn_simt_cases_fast")
+
+
 def _clean(simulator: Simulator) -> Iterator[Simulator]:
     simulator.reset()
     try:
@@ -45,3 +50,9 @@ def sim(checked_library: Simulator) -> Iterator[Simulator]:
 def cases(cases_library: Simulator) -> Iterator[Simulator]:
     """Like `sim`, with the kernels of tests/cuda/*.cu instead."""
     yield from _clean(cases_library)
+
+
+@pytest.fixture
+def fast_cases(fast_cases_library: Simulator) -> Iterator[Simulator]:
+    """Like `cases`, without checks of memory accesses."""
+    yield from _clean(fast_cases_library)

@@ -121,6 +121,16 @@ def test_wrappers_agree(cases: Simulator, name: str):
     assert RUNS[name](cases) == 0
 
 
+@pytest.mark.parametrize("name", RUNS)
+def test_unchecked_build_agrees(cases: Simulator, fast_cases: Simulator, name: str):
+    contents = []
+    for simulator in (cases, fast_cases):
+        assert RUNS[name](simulator) == 0
+        contents.append([buffer.tensor() for buffer in simulator.buffers])
+    for checked, fast in zip(*contents, strict=True):
+        assert torch.equal(checked.view(torch.int32), fast.view(torch.int32))
+
+
 # Damage to the device's half of ptx.cuh, by the run that must notice. Every round is compiled once.
 ROUNDS: list[dict[str, tuple[str, str]]] = [
     {

@@ -47,6 +47,7 @@ struct Launch {
   size_t closure_bytes;
   const Argument* arguments;
   int num_arguments;
+  bool instrumented;  // compiled so that every access of memory is known
 };
 
 /// Runs all blocks of a grid, one after the other. Returns 0, or 1 when the launch was given up

@@ -29,7 +29,7 @@ void access(const void* pointer, size_t bytes, Access kind, const void* pc) {
   }
   const bool shared = is_shared(pointer);
   const size_t offset = shared_offset(pointer);
-  if (machine.config.check) {
+  if (machine.check) {
     if ((bytes & (bytes - 1)) == 0 && address % bytes != 0) {
       report("misaligned-access", pc, "%zu bytes at %s %#zx", bytes,
              shared ? "shared offset" : "address", shared ? offset : address);
@@ -48,7 +48,7 @@ void access(const void* pointer, size_t bytes, Access kind, const void* pc) {
       if (running().fenced) release_at(pointer);
     }
   }
-  if (machine.config.count) {
+  if (machine.count) {
     const bool write = kind == Access::Write || kind == Access::Atomic;
     record_access({pc, address, static_cast<uint16_t>(bytes), write, shared});
   }

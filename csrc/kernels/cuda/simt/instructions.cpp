@@ -111,7 +111,7 @@ void ldmatrix(void* const* arguments, uint32_t lanes) {
                "ldmatrix row at shared offset %zu, expected a multiple of 16", offset);
         give_up();
       }
-      if (machine.config.check) check_shared(offset, 16, Access::Read, running().waiting_at);
+      if (machine.check) check_shared(offset, 16, Access::Read, running().waiting_at);
       current = me;
       ++rows_in_banks[offset / 16 % 8];
       memcpy(matrix[m][row], address, 16);
@@ -241,7 +241,7 @@ void cp_async(void* destination, const void* source, int bytes, int source_bytes
   const size_t offset = shared_offset(destination), size = static_cast<size_t>(bytes);
   const auto address = reinterpret_cast<uintptr_t>(source);
   machine.counters.cp_async_bytes += static_cast<uint64_t>(source_bytes);
-  if (machine.config.check) {
+  if (machine.check) {
     if (!is_shared(destination)) {
       report("not-shared-memory", pc, "cp.async to %p", destination);
       give_up();
@@ -258,7 +258,7 @@ void cp_async(void* destination, const void* source, int bytes, int source_bytes
     set_pending(offset, size);
     memset(destination, 0xff, size);
   }
-  if (machine.config.count) {
+  if (machine.count) {
     if (source_bytes > 0) {
       record_access({pc, address, static_cast<uint16_t>(source_bytes), false, false});
     }
@@ -284,7 +284,7 @@ void cp_async_wait(int groups_left) {
     memcpy(copy.destination, copy.source, static_cast<size_t>(copy.source_bytes));
     memset(copy.destination + copy.source_bytes, 0,
            static_cast<size_t>(copy.bytes - copy.source_bytes));
-    if (machine.config.check) {
+    if (machine.check) {
       set_arrived(shared_offset(copy.destination), static_cast<size_t>(copy.bytes));
     }
   }

@@ -66,6 +66,7 @@ struct Machine {
   Counters counters;
   Fiber fibers[kMaxThreads];
   const Launch* launch;
+  bool check, count;  // as configured, if the launch's kernel is instrumented
   int num_threads, num_warps;
   unsigned block;          // linear index of the running block
   unsigned launch_number;  // of this process, from 1

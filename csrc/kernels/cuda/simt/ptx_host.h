@@ -246,6 +246,12 @@ inline QN_SIMT_MEMORY T atomicCAS(T* p, std::type_identity_t<T> expected,
 
 namespace qn::cuda {
 
+#ifdef QN_SIMT_CHECKED
+constexpr bool kInstrumented = true;
+#else
+constexpr bool kInstrumented = false;
+#endif
+
 inline QN_SIMT_MEMORY uint2 ld8(const void* p) {
   QN_SIMT_ACCESS(p, 8, Read);
   return *static_cast<const uint2*>(p);
@@ -290,7 +296,8 @@ int launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 bloc
                       &closure,
                       sizeof closure,
                       list,
-                      static_cast<int>(sizeof...(Parameters))});
+                      static_cast<int>(sizeof...(Parameters)),
+                      kInstrumented});
   };
   return start(Parameters(arguments)...);
 }

@@ -177,7 +177,7 @@ void release_barrier(Barrier& barrier) {
     // A warp that only arrived has told the others what it did, but learnt nothing.
     if (barrier.waiting_warps >> warp & 1) memcpy(machine.seen[warp], joined, sizeof joined);
     ++machine.clock[warp];
-    if (machine.config.count) account_warp(warp);
+    if (machine.count) account_warp(warp);
   }
   for (const int thread : barrier.waiting) {
     if (thread != current->linear) make_ready(thread);
@@ -279,8 +279,8 @@ void run_block(const Index3& block_idx, std::minstd_rand* random) {
   if (given_up) return;
   report_deadlock();
   if (given_up) return;
-  if (machine.config.check) check_copies_have_arrived();
-  if (machine.config.count) {
+  if (machine.check) check_copies_have_arrived();
+  if (machine.count) {
     for (int warp = 0; warp < machine.num_warps; ++warp) account_warp(warp);
   }
 }
@@ -367,7 +367,7 @@ void collective(const Operation& operation, void* argument, uint32_t mask, Site 
   *meeting = warp.meetings[--warp.num_meetings];
   me.waiting_at = site;  // for reports
   operation.execute(complete.arguments.data(), complete.mask);
-  if (machine.config.count && mask == lanes_of(me.warp)) account_warp(me.warp);
+  if (machine.count && mask == lanes_of(me.warp)) account_warp(me.warp);
   for (uint32_t left = complete.mask & ~(1u << me.lane); left != 0; left &= left - 1) {
     make_ready(me.warp * 32 + __builtin_ctz(left));
   }
@@ -424,6 +424,8 @@ void threadfence() { running().fenced = true; }
 
 int run(const Launch& launch) {
   machine.launch = &launch;
+  machine.check = machine.config.check && launch.instrumented;
+  machine.count = machine.config.count && launch.instrumented;
   ++machine.counters.launches;
   if (!fits_the_hardware(launch)) return 1;
   record_launch(launch);
