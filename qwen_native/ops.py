@@ -74,8 +74,8 @@ def linear(
     """Return `x @ weight.T + bias`, for several weights side by side in one call.
 
     At the level "amx", bf16 weights multiply x rounded to bf16; all other levels and f32 weights
-    multiply in float32. Quantised weights multiply x rounded to int8 in groups of 32 columns. Sums
-    are float32 everywhere. A row of the result does not depend on the other rows of x or on the
+    multiply in float32. Quantised weights multiply x rounded to int8 in groups of 32 columns, those
+    of "int8" in blocks of at most 512. Sums are float32 everywhere. A row of the result does not depend on the other rows of x or on the
     number of threads, bit for bit. The exception are 4-bit weights at the level "amx" without
     `invariant`: several rows of x take a faster kernel, which rounds x to int8 in blocks of 1024
     columns and the weights to int8 with one scale per row.
@@ -225,9 +225,9 @@ def softmax_xent(logits: Any, targets: Any, scale: float = 1.0, grad: Any | None
 def mlp(out: Any, x: Any, gate: Any, up: Any, down: Any, *, invariant: bool = False) -> Any:
     """Add a gated MLP to the residual stream: `out += (silu(x @ gate.T) * (x @ up.T)) @ down.T`.
 
-    The same numbers as `linear`, `swiglu` and `linear` in turn, except with 4-bit weights at the
-    level "amx" and several rows of x, without `invariant`: then the inner activations are rounded
-    to int8 in blocks of 512 columns as they leave the first GEMM.
+    The same numbers as `linear`, `swiglu` and `linear` in turn, bit for bit, except with 4-bit
+    weights at the level "amx" and several rows of x, without `invariant`: then the inner
+    activations are rounded to int8 in blocks of 512 columns as they leave the first GEMM.
 
     Args:
         out: [tokens, hidden_out], f32, last axis dense; added to in place.
@@ -396,7 +396,7 @@ def attention(
     return out
 
 
-WEIGHT_FORMATS = ("f32", "bf16", "int8", "int4_symmetric", "int4")
+WEIGHT_FORMATS = ("f32", "bf16", "int8", "int8_grouped", "int4_symmetric", "int4")
 SOURCE_TYPES = (
     *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
@@ -408,9 +408,10 @@ def pack_weight(
 ) -> PackedWeight:
     """Convert a tensor of a checkpoint to one of the engine's formats.
 
-    Exact: Q8_0, Q5_0 and Q4_0 to "int8", Q4_0 to "int4_symmetric", everything to "f32", BF16 to
-    "bf16". Everything else takes, per group of 32 columns, the scale (and min) found to minimise
-    the squared error. Every instruction-set level gives the same bytes.
+    Exact: Q8_0, Q5_0 and Q4_0 to "int8_grouped", Q4_0 to "int4_symmetric", everything to "f32",
+    BF16 to "bf16". "int8" takes one scale per row, that of its largest element. Everything else
+    takes, per group of 32 columns, the scale (and min) found to minimise the squared error. Every
+    instruction-set level gives the same bytes.
 
     Args:
         data: the tensor's bytes, uint8, contiguous, at any address.

@@ -21,6 +21,15 @@ class Weight:
         self.fold_scale = torch.from_numpy(parts.fold_scale[:rows].astype(np.float64))
 
 
+def block_cols(fmt: str, cols: int) -> int:
+    """Columns of x that share a scale beside a weight of this format: groups of 32, and for int8 as
+    few blocks of at most 512 as it takes, all but the last alike and whole tiles of 64."""
+    if fmt != "int8":
+        return 32
+    blocks = -(-cols // 512)
+    return -(-cols // (64 * blocks)) * 64
+
+
 def quantized(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     """x rounded to int8 with a scale per group of columns (float64), and each element's scale."""
     tokens, cols = x.shape

@@ -120,7 +120,7 @@ def test_weights_are_held_exactly(method: str, options: dict[str, Any], tmp_path
         source = tensors[name]
         assert source.dtype == ("Q4_0" if symmetric else "Q8_0")
         packed = ops.pack_weight(
-            source.data, source.dtype, source.shape, "int4_symmetric" if symmetric else "int8"
+            source.data, source.dtype, source.shape, "int4_symmetric" if symmetric else "int8_grouped"
         )
         np.testing.assert_array_equal(ops.unpack_weight(packed), folder.dense[name].numpy())
 
@@ -142,7 +142,7 @@ def test_logits_are_those_of_the_dequantised_model(
     spread = expected.std()
     assert np.abs(exact - expected).max() < 1e-4 * spread
     native = LLM(tmp_path, packed_cache=False)
-    quantized = "int8" if options.get("zero_points") else "int4_symmetric"
+    quantized = "int8_grouped" if options.get("zero_points") else "int4_symmetric"
     assert quantized in native.model.bytes_by_format
     # Activations are rounded to int8: about 0.5 % per product, over two layers.
     assert np.sqrt(np.mean((native.logits(ids, last=40) - expected) ** 2)) < 0.05 * spread

@@ -492,8 +492,9 @@ def test_the_checksum_is_the_documented_one(data):
 
 def test_fingerprints_differ_by_format_and_not_by_level(isa):
     layout_fingerprint.cache_clear()
-    seen = {format: layout_fingerprint(format) for format in ("int4", "int4_symmetric", "int8")}
-    assert len(set(seen.values())) == 3
+    formats = ("int4", "int4_symmetric", "int8", "int8_grouped")
+    seen = {format: layout_fingerprint(format) for format in formats}
+    assert len(set(seen.values())) == len(formats)
     first = FINGERPRINTS.setdefault("all", seen)
     assert seen == first
 

@@ -18,19 +18,31 @@ def test_round_trip(fmt, shape):
     back = unpack(fmt, data, *shape)
     for name in ("codes", "scale", "min", "row_scale", "row_min", "fold_scale"):
         assert np.array_equal(getattr(back, name), getattr(parts, name)), name
-    step = {"int8": 1 / 127, "int4_symmetric": 1 / 7, "int4": 2 / 15}[fmt] * np.abs(weight).max()
+    step = {"int8": 1 / 127, "int8_grouped": 1 / 127, "int4_symmetric": 1 / 7, "int4": 2 / 15}[fmt] * np.abs(weight).max()
     assert np.abs(decode(fmt, encode(fmt, weight), *shape) - weight).max() <= 0.75 * step
 
 
 def test_int8_byte_position():
-    data = np.zeros(packed_bytes("int8", 64, 64), np.uint8)
+    data = np.zeros(packed_bytes("int8", 64, 130), np.uint8)
+    row, col = 32 + 16 + 5, 64 + 4 * 11 + 2  # second panel, second half, second block
+    panel = 128 + 3 * 2048
+    data[panel + 4 * 21 : panel + 4 * 22] = np.array([0.5], np.float32).view(np.uint8)
+    data[panel + 128 + 2048 + ((1 * 16 + 11) * 16 + 5) * 4 + 2] = 256 - 3
+    weight = decode("int8", data, 64, 130)
+    assert weight[row, col] == -1.5
+    weight[row, col] = 0
+    assert not weight.any()
+
+
+def test_int8_grouped_byte_position():
+    data = np.zeros(packed_bytes("int8_grouped", 64, 64), np.uint8)
     row, col = 32 + 16 + 5, 32 + 4 * 3 + 2  # second panel, second half, second group
     block = 2 * 1088 + 1088
     data[block + 2 * (row - 32) : block + 2 * (row - 32) + 2] = np.array([0.5], np.float16).view(
         np.uint8
     )
     data[block + 64 + ((1 * 8 + 3) * 16 + 5) * 4 + 2] = 131
-    weight = decode("int8", data, 64, 64)
+    weight = decode("int8_grouped", data, 64, 64)
     assert weight[row, col] == 1.5
     weight[row, 32:] = 0
     assert not weight.any()

@@ -250,11 +250,14 @@ struct GemmQuantizedArgs {
   bool add;
 };
 
-/// Activations as int8 with one scale per token and block of columns, in tiles of 16 tokens x 64
-/// columns: [ceil(tokens / 16)][ceil(cols / 64)][16][64]; missing tokens and columns are zeros.
+/// Activations as int8 with one scale per token and block of columns, for weights with one scale
+/// per row. In tiles of 16 tokens x 64 columns, [ceil(tokens / 16)][ceil(cols / 64)][16][64]; the
+/// last tiles have the rest of the tokens only, so that a single token is a plain row. Missing
+/// columns are zeros. Readable for a tile more than there are codes.
 struct FoldedActivations {
   int8_t* codes;
-  float* scale;  // [tokens rounded up to 16][blocks(cols)]
+  float* scale;           // [tokens][blocks(cols)]
+  int32_t* negative_sum;  // [tokens][blocks(cols)], -(sum of the codes), or null
   int64_t tokens;
   int64_t block_cols;  // a multiple of 64
 
@@ -268,13 +271,14 @@ struct FoldActivationsArgs {
   int64_t x_stride;  // elements between rows
 };
 
-/// out = x W^T + bias, or += with `add`; 4-bit weights rounded to int8 per row. Work is numbered
-/// [chunk of chunk_tokens tokens][panel].
+/// out = x W^T + bias, or += with `add`; Int8 weights, or 4-bit ones rounded to int8 per row. Work
+/// is numbered [chunk of chunk_tokens tokens][panel]; gemm_int8, which takes all tokens as one
+/// chunk, has panels.
 struct GemmFoldedArgs {
   float* out;          // [tokens, rows]
-  const void* weight;  // panels of a 4-bit format, see quant_layout.h
+  const void* weight;  // panels of Int8 or a 4-bit format, see quant_layout.h
   const float* bias;   // [rows] or null
-  void* scratch;       // of the calling thread, 64-byte aligned
+  void* scratch;       // of the calling thread, 64-byte aligned; gemm_folded only
   FoldedActivations x;
   int64_t rows, cols;
   int64_t out_stride;    // elements between rows
@@ -284,7 +288,7 @@ struct GemmFoldedArgs {
 };
 
 struct GatedWeight {
-  const void* data;  // panels of a 4-bit format
+  const void* data;  // panels of Int8 or a 4-bit format
   WeightFormat format;
 };
 

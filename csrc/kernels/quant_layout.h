@@ -1,11 +1,14 @@
 // In-memory layouts of quantised weights, the same bytes at every level, on the CPU for GEMV, GEMM
 // and gather alike.
 //
-// A weight [rows, cols] is cut into panels of 32 rows, a panel into groups of 32 columns. Rows and
-// columns are padded to whole panels and groups; padding has scale 0. A panel is its header
-// followed by one block per group:
+// A weight [rows, cols] is cut into panels of 32 rows, a panel into groups of 32 columns (Int8: of
+// 64). Rows and columns are padded to whole panels and groups; padding has scale 0 or code 0. A
+// panel is its header followed by one block per group:
 //
-//   Int8            header: none
+//   Int8            header (128 B): float row_scale[32]
+//                   block (2048 B): int8 code[2][16][16][4]
+//                   weight = row_scale * code
+//   Int8Grouped     header: none
 //                   block (1088 B): half scale[32]; uint8 code[2][8][16][4]
 //                   weight = scale * (code - 128)
 //   Int4Symmetric   header (384 B): see PanelHeader; row_scale and row_min unused
@@ -18,9 +21,10 @@
 // Codes: [half of the panel: 16 rows][columns][row within the half][column within the dword], so
 // that one 64-byte vector holds one dword (4 columns at 8 bits) of sixteen rows: the operand of a
 // VNNI dot product and a row of an AMX B tile. At 4 bits a byte holds two codes: dword i, byte j =
-// column 8i + j (low nibble) and 8i + 4 + j (high nibble). Codes are stored unsigned: they are the
-// unsigned operand of vpdpbusd / tdpbsud, activations the signed one, and the offset (128 or 8)
-// times the group's sum of activations is subtracted once per group.
+// column 8i + j (low nibble) and 8i + 4 + j (high nibble). Grouped codes are stored unsigned: they
+// are the unsigned operand of vpdpbusd, activations the signed one, and the offset (128 or 8) times
+// the group's sum of activations is subtracted once per group. Those of Int8 are signed, -127 to
+// 127: a block is two tiles as AMX multiplies them.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -28,14 +32,21 @@
 namespace qn {
 
 /// F32 and BF16 weights are plain row-major matrices, used where the checkpoint is mapped.
-enum class WeightFormat : uint8_t { F32, BF16, Int8, Int4Symmetric, Int4 };
+enum class WeightFormat : uint8_t { F32, BF16, Int8, Int8Grouped, Int4Symmetric, Int4 };
 
 constexpr int64_t kPanelRows = 32;
 constexpr int64_t kHalfPanelRows = 16;
 constexpr int64_t kGroupSize = 32;
-constexpr int64_t kInt8BlockBytes = 64 + 1024;
+constexpr int64_t kInt8GroupSize = 64;
+constexpr int64_t kInt8BlockBytes = 2048;
+constexpr int64_t kInt8GroupedBlockBytes = 64 + 1024;
 constexpr int64_t kInt4BlockBytes = 64 + 512;
 constexpr int64_t kScaleBytes = 64;  // scales (and mins) at the start of a block
+
+/// Start of every Int8 panel.
+struct Int8PanelHeader {
+  float row_scale[kPanelRows];
+};
 
 /// Start of every 4-bit panel.
 struct PanelHeader {
@@ -59,15 +70,24 @@ constexpr int64_t panel_count(int64_t rows) { return (rows + kPanelRows - 1) / k
 constexpr int64_t group_count(int64_t cols) { return (cols + kGroupSize - 1) / kGroupSize; }
 
 constexpr int64_t block_bytes(WeightFormat format) {
-  return format == WeightFormat::Int8 ? kInt8BlockBytes : kInt4BlockBytes;
+  return format == WeightFormat::Int8          ? kInt8BlockBytes
+         : format == WeightFormat::Int8Grouped ? kInt8GroupedBlockBytes
+                                               : kInt4BlockBytes;
 }
 
 constexpr int64_t header_bytes(WeightFormat format) {
-  return format == WeightFormat::Int8 ? 0 : static_cast<int64_t>(sizeof(PanelHeader));
+  return format == WeightFormat::Int8          ? static_cast<int64_t>(sizeof(Int8PanelHeader))
+         : format == WeightFormat::Int8Grouped ? 0
+                                               : static_cast<int64_t>(sizeof(PanelHeader));
+}
+
+constexpr int64_t block_count(WeightFormat format, int64_t cols) {
+  const int64_t size = format == WeightFormat::Int8 ? kInt8GroupSize : kGroupSize;
+  return (cols + size - 1) / size;
 }
 
 constexpr int64_t panel_bytes(WeightFormat format, int64_t cols) {
-  return header_bytes(format) + group_count(cols) * block_bytes(format);
+  return header_bytes(format) + block_count(format, cols) * block_bytes(format);
 }
 
 /// Types of tensors in checkpoint files: plain floats and GGUF's blocks (ggml's names).

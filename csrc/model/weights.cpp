@@ -57,6 +57,8 @@ const char* format_name(WeightFormat format) {
       return "bf16";
     case WeightFormat::Int8:
       return "int8";
+    case WeightFormat::Int8Grouped:
+      return "int8_grouped";
     case WeightFormat::Int4Symmetric:
       return "int4_symmetric";
     case WeightFormat::Int4:
@@ -75,7 +77,7 @@ WeightFormat native_format(SourceType source) {
     case SourceType::Q4_0:
       return WeightFormat::Int4Symmetric;
     default:
-      return WeightFormat::Int8;
+      return WeightFormat::Int8Grouped;
   }
 }
 

@@ -10,30 +10,49 @@ namespace {
 /// Folded activations of one pass over the weights; they and two unpacked panels stay in L2.
 constexpr int64_t kFoldedChunkBytes = 1400 << 10;
 
+/// Wider blocks make the tiles wait less for float work, narrower ones keep more of the small
+/// activations beside large ones (docs/NUMERICS.md).
+constexpr int64_t kInt8BlockCols = 512;
+
+/// From this many tokens on, tiles are faster than VNNI with Int8 weights.
+constexpr int64_t kInt8TileTokens = 3;
+
 }  // namespace
 
 bool takes_folded(const WeightView& weight, int64_t tokens, bool invariant) {
-  const bool four_bits =
-      weight.format == WeightFormat::Int4 || weight.format == WeightFormat::Int4Symmetric;
-  return four_bits && !invariant && tokens >= kFoldedTokens && weight.cols > 0 &&
-         cpu::active_cpu_kernels().gemm_int4_folded != nullptr;
+  if (weight.cols == 0 || cpu::active_cpu_kernels().gemm_folded == nullptr) return false;
+  switch (weight.format) {
+    case WeightFormat::Int8:
+      return tokens >= kInt8TileTokens;
+    case WeightFormat::Int4:
+    case WeightFormat::Int4Symmetric:
+      return tokens >= kFoldedTokens && !invariant;
+    default:
+      return false;
+  }
+}
+
+int64_t int8_block_cols(int64_t cols) {
+  const int64_t blocks = std::max<int64_t>((cols + kInt8BlockCols - 1) / kInt8BlockCols, 1);
+  return cpu::folded_cols(std::max<int64_t>((cols + blocks - 1) / blocks, 1));
 }
 
 FoldedActivations allocate_folded(int64_t tokens, int64_t cols, int64_t block_cols,
                                   const ExecContext& context) {
-  const int64_t padded = (tokens + cpu::kTokenTile - 1) / cpu::kTokenTile * cpu::kTokenTile;
-  FoldedActivations out{nullptr, nullptr, tokens, block_cols};
-  out.codes = context.workspace.allocate_array<int8_t>(padded * cpu::folded_cols(cols));
-  out.scale = context.workspace.allocate_array<float>(padded * out.blocks(cols));
+  constexpr int64_t kTile = cpu::kTokenTile * cpu::kFoldedTileCols;
+  FoldedActivations out{nullptr, nullptr, nullptr, tokens, block_cols};
+  out.codes = context.workspace.allocate_array<int8_t>(tokens * cpu::folded_cols(cols) + kTile);
+  out.scale = context.workspace.allocate_array<float>(tokens * out.blocks(cols));
   return out;
 }
 
 FoldedActivations fold(const TensorView& x, int64_t block_cols, const ExecContext& context) {
   const int64_t tokens = x.shape[0], cols = x.shape[1];
-  const FoldedActivations out = allocate_folded(tokens, cols, block_cols, context);
+  FoldedActivations out = allocate_folded(tokens, cols, block_cols, context);
+  out.negative_sum = context.workspace.allocate_array<int32_t>(tokens * out.blocks(cols));
   const FoldActivationsArgs args{out, x.as<float>(), cols, x.stride[0]};
   const auto kernel = cpu::active_cpu_kernels().fold_activations;
-  context.pool.parallel_for((tokens + cpu::kTokenTile - 1) / cpu::kTokenTile, 1,
+  context.pool.parallel_for(tokens, cpu::kTokenTile,
                             [&](int64_t begin, int64_t end, int) { kernel(args, begin, end); });
   return out;
 }

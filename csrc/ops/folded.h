@@ -1,4 +1,5 @@
-// How linear and mlp use the folded kernels: when, with which activations and chunks. Internal.
+// How linear and mlp use the kernels for weights with one scale per row: when, with which
+// activations and chunks. Internal.
 #pragma once
 #include "core/context.h"
 #include "core/tensor.h"
@@ -7,12 +8,17 @@
 
 namespace qn::ops {
 
-/// Columns that share a scale: those of a norm's output, and those of an MLP's inner activations,
-/// whose outliers reach further.
+/// Columns that share a scale beside folded 4-bit weights: those of a norm's output, and those of an
+/// MLP's inner activations, whose outliers reach further.
 constexpr int64_t kFoldedBlockCols = 1024;
 constexpr int64_t kGatedBlockCols = 512;
 
-/// Whether the active level multiplies this weight with the folded kernel.
+/// Columns that share a scale beside Int8 weights: near kInt8BlockCols, the same number in all
+/// blocks as far as whole tiles allow. A function of cols alone, so that a row's result is one of
+/// the row alone.
+int64_t int8_block_cols(int64_t cols);
+
+/// Whether the active level multiplies this weight with gemm_folded.
 bool takes_folded(const WeightView& weight, int64_t tokens, bool invariant);
 
 FoldedActivations allocate_folded(int64_t tokens, int64_t cols, int64_t block_cols,
@@ -29,7 +35,7 @@ constexpr int64_t chunk_count(int64_t tokens, int64_t chunk_tokens) {
   return (tokens + chunk_tokens - 1) / chunk_tokens;
 }
 
-/// `linear` with one 4-bit weight and x folded already; out has been checked.
+/// `linear` with one weight that takes gemm_folded and x folded already; out has been checked.
 void linear_folded(const TensorView& out, const FoldedActivations& x, const LinearSegment& segment,
                    Epilogue epilogue, const ExecContext& context);
 

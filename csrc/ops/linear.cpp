@@ -89,11 +89,12 @@ class Inputs {
     return quantized_;
   }
 
-  FoldedActivations folded() {
+  FoldedActivations folded(int64_t block_cols) {
     scratch_bytes_ = std::max(scratch_bytes_, cpu::gemm_folded_scratch(cols_));
-    if (folded_.codes != nullptr) return folded_;
-    folded_ = fold(x_, kFoldedBlockCols, context_);
-    return folded_;
+    for (const FoldedActivations& made : folded_) {
+      if (made.block_cols == block_cols) return made;
+    }
+    return folded_.emplace_back(fold(x_, block_cols, context_));
   }
 
  private:
@@ -112,7 +113,7 @@ class Inputs {
   int64_t scratch_bytes_ = 0;
   void* packed_bf16_ = nullptr;
   QuantizedActivations quantized_{};
-  FoldedActivations folded_{};
+  std::vector<FoldedActivations> folded_;
 };
 
 /// What the three families of arguments have in common.
@@ -160,16 +161,20 @@ Job make_job(const TensorView& out, const TensorView& x, const LinearSegment& se
     return {Kernel<GemmFloatArgs>{narrow ? kernels.gemm_bf16 : kernels.gemm_f32, args}, unit,
             unit + panels};
   }
-  if (takes_folded(segment.weight, tokens, invariant)) {
-    const GemmFoldedArgs args = folded_args(out, inputs.folded(), segment, epilogue);
-    return {Kernel<GemmFoldedArgs>{kernels.gemm_int4_folded, args}, unit,
-            unit + folded_units(args)};
+  const bool tiles = takes_folded(segment.weight, tokens, invariant);
+  if (tiles || format == WeightFormat::Int8) {
+    const int64_t block_cols =
+        format == WeightFormat::Int8 ? int8_block_cols(x.shape[1]) : kFoldedBlockCols;
+    const GemmFoldedArgs args = folded_args(out, inputs.folded(block_cols), segment, epilogue);
+    if (!tiles) return {Kernel<GemmFoldedArgs>{kernels.gemm_int8, args}, unit, unit + panels};
+    return {Kernel<GemmFoldedArgs>{kernels.gemm_folded, args}, unit, unit + folded_units(args)};
   }
   auto args = common_args<GemmQuantizedArgs>(out, segment, epilogue);
   args.x = inputs.quantized();
   args.format = format;
   return {Kernel<GemmQuantizedArgs>{
-              format == WeightFormat::Int8 ? kernels.gemm_int8 : kernels.gemm_int4, args},
+              format == WeightFormat::Int8Grouped ? kernels.gemm_int8_grouped : kernels.gemm_int4,
+              args},
           unit, unit + panels};
 }
 
@@ -251,7 +256,7 @@ void linear_folded(const TensorView& out, const FoldedActivations& x, const Line
   const int64_t units = folded_units(args), scratch_bytes = cpu::gemm_folded_scratch(args.cols);
   const int threads = context.pool.threads();
   char* scratch = context.workspace.allocate_array<char>(scratch_bytes * threads);
-  const auto kernel = cpu::active_cpu_kernels().gemm_int4_folded;
+  const auto kernel = cpu::active_cpu_kernels().gemm_folded;
   context.pool.parallel_for(units, balanced_chunk(units, threads),
                             [&](int64_t begin, int64_t end, int thread) {
                               GemmFoldedArgs mine = args;

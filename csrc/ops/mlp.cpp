@@ -8,19 +8,23 @@
 namespace qn::ops {
 namespace {
 
-/// silu(x gate^T) * (x up^T), folded.
-FoldedActivations gated_folded(const TensorView& x, const WeightView& gate, const WeightView& up,
+/// silu(x gate^T) * (x up^T), folded for `down`.
+FoldedActivations gated_folded(const TensorView& x, const MlpWeights& weights,
                                const ExecContext& context) {
+  const WeightView &gate = weights.gate, &up = weights.up;
   const int64_t tokens = x.shape[0];
+  const bool int8 = gate.format == WeightFormat::Int8 || up.format == WeightFormat::Int8;
+  const int64_t out_block_cols =
+      weights.down.format == WeightFormat::Int8 ? int8_block_cols(gate.rows) : kGatedBlockCols;
   GatedGemmFoldedArgs args{};
-  args.out = allocate_folded(tokens, gate.rows, kGatedBlockCols, context);
+  args.out = allocate_folded(tokens, gate.rows, out_block_cols, context);
   args.gate = {gate.data, gate.format};
   args.up = {up.data, up.format};
-  args.x = fold(x, kFoldedBlockCols, context);
+  args.x = fold(x, int8 ? int8_block_cols(gate.cols) : kFoldedBlockCols, context);
   args.rows = gate.rows;
   args.cols = gate.cols;
   args.chunk_tokens =
-      folded_chunk_tokens(tokens, cpu::folded_cols(gate.cols) + kGatedBlockCols * 4);
+      folded_chunk_tokens(tokens, cpu::folded_cols(gate.cols) + out_block_cols * 4);
   const int threads = context.pool.threads();
   const int64_t blocks = args.out.blocks(gate.rows);
   const auto chunks = [&] { return chunk_count(tokens, args.chunk_tokens); };
@@ -28,9 +32,9 @@ FoldedActivations gated_folded(const TensorView& x, const WeightView& gate, cons
     args.chunk_tokens = (args.chunk_tokens / 2 + 31) / 32 * 32;
   }
   const int64_t scratch_bytes =
-      cpu::gated_gemm_folded_scratch(gate.cols, args.chunk_tokens, kGatedBlockCols);
+      cpu::gated_gemm_folded_scratch(gate.cols, args.chunk_tokens, out_block_cols);
   char* scratch = context.workspace.allocate_array<char>(scratch_bytes * threads);
-  const auto kernel = cpu::active_cpu_kernels().gated_gemm_int4_folded;
+  const auto kernel = cpu::active_cpu_kernels().gated_gemm_folded;
   context.pool.parallel_for(chunks() * blocks, 1, [&](int64_t begin, int64_t end, int thread) {
     GatedGemmFoldedArgs mine = args;
     mine.scratch = scratch + thread * scratch_bytes;
@@ -62,7 +66,7 @@ void mlp(const TensorView& out, const TensorView& x, const MlpWeights& weights, 
   const LinearSegment down_only[] = {{down, nullptr, 0}};
   if (takes_folded(gate, tokens, invariant) && takes_folded(up, tokens, invariant) &&
       takes_folded(down, tokens, invariant)) {
-    return linear_folded(out, gated_folded(x, gate, up, context), down_only[0], Epilogue::Add,
+    return linear_folded(out, gated_folded(x, weights, context), down_only[0], Epilogue::Add,
                          context);
   }
   const TensorView both(context.workspace.allocate_array<float>(tokens * 2 * inter), DType::F32,

@@ -59,7 +59,7 @@ void softmax_xent(const TensorView& log_prob, const TensorView& logits, const Te
 void gather(const TensorView& out, const TensorView& ids, const WeightView& table,
             const ExecContext& context);
 
-/// "f32", "bf16", "int8", "int4_symmetric", "int4".
+/// "f32", "bf16", "int8", "int8_grouped", "int4_symmetric", "int4".
 const char* weight_format_name(WeightFormat format);
 WeightFormat weight_format_from_name(std::string_view name);
 
@@ -74,7 +74,8 @@ size_t weight_bytes(WeightFormat format, int64_t rows, int64_t cols);
 size_t source_bytes(SourceType source, int64_t rows, int64_t cols);
 
 /// Packs rows [0, rows) of a checkpoint tensor into `out` (weight_bytes). Conversions that can be
-/// exact are: Q8_0, Q5_0 and Q4_0 to Int8, Q4_0 to Int4Symmetric, everything to F32, BF16 to BF16.
+/// exact are: Q8_0, Q5_0 and Q4_0 to Int8Grouped, Q4_0 to Int4Symmetric, everything to F32, BF16 to
+/// BF16.
 /// The others minimise the squared error by a search over scales.
 void pack_weight(void* out, WeightFormat format, int64_t rows, int64_t cols, SourceType source,
                  const void* data, const ExecContext& context);
@@ -103,8 +104,8 @@ enum class Epilogue : uint8_t {
 constexpr int64_t kFoldedTokens = 8;
 
 /// Segments share x, which is quantised or converted once, and one parallel region. All segments
-/// have cols = x's cols. For F32, BF16 and Int8 weights the result of a row does not depend on the
-/// other rows, on `tokens` or on the number of threads, bit for bit; for the 4-bit formats that
+/// have cols = x's cols. For F32, BF16 and the 8-bit formats the result of a row does not depend on
+/// the other rows, on `tokens` or on the number of threads, bit for bit; for the 4-bit formats that
 /// holds with `invariant`, without it batches of kFoldedTokens and more take a faster kernel that
 /// rounds weights and activations to 8 bits per row.
 ///   out [tokens, >= sum of rows] f32, x [tokens, cols] f32, last axes dense
@@ -116,8 +117,9 @@ struct MlpWeights {
   WeightView gate, up, down;
 };
 
-/// out += (silu(x gate^T) * (x up^T)) down^T. With 4-bit weights and larger batches the inner
-/// activations never leave 8 bits (see linear; `invariant` keeps the exact arithmetic).
+/// out += (silu(x gate^T) * (x up^T)) down^T. With Int8 or 4-bit weights and larger batches the
+/// inner activations never leave 8 bits (see linear; `invariant` keeps the exact arithmetic of the
+/// 4-bit formats; that of Int8 is the same either way).
 ///   out [tokens, hidden_out] f32, x [tokens, hidden] f32, last axes dense
 void mlp(const TensorView& out, const TensorView& x, const MlpWeights& weights, bool invariant,
          const ExecContext& context);

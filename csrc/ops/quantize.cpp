@@ -12,7 +12,7 @@
 namespace qn::ops {
 namespace {
 
-constexpr std::array kFormatNames = {"f32", "bf16", "int8", "int4_symmetric", "int4"};
+constexpr std::array kFormatNames = {"f32", "bf16", "int8", "int8_grouped", "int4_symmetric", "int4"};
 constexpr std::array kSourceNames = {"F32",  "F16",  "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1",
                                      "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"};
 static_assert(kSourceNames.size() == std::size(kSourceBlocks));
@@ -38,11 +38,11 @@ void check_shape(const char* op, int64_t rows, int64_t cols) {
            op, "] shape is [", rows, ", ", cols, "], expected fewer than 2^48 elements");
 }
 
-/// Greatest |weight| of a quantised format: what its scales can hold, and for Int4, whose scales
-/// are float32, what the search can square.
+/// Greatest |weight| of a quantised format: what its scales can hold, and for Int8 and Int4, whose
+/// scales are float32, what a search can square.
 float largest_weight(WeightFormat format) {
   switch (format) {
-    case WeightFormat::Int8:
+    case WeightFormat::Int8Grouped:
       return 127 * kLargestHalf;
     case WeightFormat::Int4Symmetric:
       return 7 * kLargestHalf;
@@ -54,10 +54,10 @@ float largest_weight(WeightFormat format) {
 bool is_exact(SourceType source, WeightFormat format) {
   switch (source) {
     case SourceType::Q4_0:
-      return format == WeightFormat::Int8 || format == WeightFormat::Int4Symmetric;
+      return format == WeightFormat::Int8Grouped || format == WeightFormat::Int4Symmetric;
     case SourceType::Q5_0:
     case SourceType::Q8_0:
-      return format == WeightFormat::Int8;
+      return format == WeightFormat::Int8Grouped;
     default:
       return false;
   }

@@ -27,6 +27,8 @@ def plain(fmt: str, parts: quant.Parts) -> np.ndarray:
     one = np.float32(1)
     codes, scale = parts.codes * one, parts.scale[:, :, None] * one
     if fmt == "int8":
+        weight = parts.row_scale[:, None, None] * codes
+    elif fmt == "int8_grouped":
         weight = scale * (codes - 128 * one)
     elif fmt == "int4_symmetric":
         weight = scale * (codes - 8 * one)
@@ -60,7 +62,11 @@ def test_every_code_and_random_bytes(isa, fmt):
     """Any bytes are a valid weight as long as the scales are finite."""
     rng = np.random.default_rng(5)
     parts = quant.quantize(fmt, rng.standard_normal((64, 512)))
-    parts.codes = rng.integers(0, 256 if fmt == "int8" else 16, parts.codes.shape, np.uint8)
+    if fmt == "int8":
+        parts.codes = rng.integers(-128, 128, parts.codes.shape, np.int8)
+    else:
+        codes = 256 if fmt == "int8_grouped" else 16
+        parts.codes = rng.integers(0, codes, parts.codes.shape, np.uint8)
     if fmt == "int4":
         parts.scale = rng.integers(0, 256, parts.scale.shape, np.uint8)
         parts.min = rng.integers(0, 256, parts.min.shape, np.uint8)
@@ -80,7 +86,7 @@ def test_float_rows_are_copied_exactly(isa, rng, dtype, shape, strided):
 
 
 def test_numpy_strided_ids_and_no_ids(isa):
-    table = packed("int8", 40, 64)
+    table = packed("int8_grouped", 40, 64)
     ids = np.arange(40, dtype=np.int32)[::3]
     out = ops.gather(ids, table)
     assert isinstance(out, np.ndarray)
@@ -109,12 +115,13 @@ def test_independent_of_threads(isa):
 def test_ids_outside_the_table_are_named(bad):
     ids = torch.tensor([0, bad], dtype=torch.int32)
     with pytest.raises(ValueError, match=rf"\[gather\] ids\[1\] is {bad}, expected 0 to 39"):
-        ops.gather(ids, packed("int8", 40, 64))
+        ops.gather(ids, packed("int8_grouped", 40, 64))
 
 
 def test_wrong_table_is_named():
     ids = torch.zeros(1, dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"\[weight\] data has 10 bytes, expected 1088"):
-        ops.gather(ids, PackedWeight(np.zeros(10, np.uint8), "int8", 3, 4))
+    for fmt, size in [("int8", 2176), ("int8_grouped", 1088)]:
+        with pytest.raises(ValueError, match=rf"\[weight\] data has 10 bytes, expected {size}"):
+            ops.gather(ids, PackedWeight(np.zeros(10, np.uint8), fmt, 3, 4))
     with pytest.raises(ValueError, match=r"\[weight\] format is 'int5'"):
         ops.gather(ids, PackedWeight(np.zeros(10, np.uint8), "int5", 3, 4))

@@ -1,4 +1,4 @@
-"""gemm_int8, gemm_int4 and gemm_int4_folded through ops.linear against float64.
+"""gemm_int8, gemm_int8_grouped, gemm_int4 and gemm_folded through ops.linear against float64.
 
 The kernels quantise x themselves. The exact ones are compared with the float64 product of the
 dequantised weights and of x quantised here, in numpy, by the rule of quantize_activations.cpp: what
@@ -13,7 +13,7 @@ import itertools
 import pytest
 import quant_reference
 import torch
-from quantized_inputs import Weight, quantized
+from quantized_inputs import Weight, block_cols, quantized
 from tolerance import assert_contraction
 
 from qwen_native import _C, ops
@@ -37,7 +37,7 @@ def linear(x, weight, bias=None, *, out=None, add=False, invariant=True):
 
 def expected(x, weight, bias=None, before=None):
     """The float64 result on quantised x, and torch's float32 product of the same numbers."""
-    x, _ = quantized(x, 32)
+    x, _ = quantized(x, block_cols(weight.packed.format, x.shape[1]))
     ref, base = x @ weight.values.T, x.float() @ weight.values.float().T
     if bias is not None:
         ref, base = ref + bias.double(), base + bias
@@ -62,7 +62,7 @@ def test_sizes(isa, rng, cols, fmt):
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("tokens,rows,cols", [(1, 300, 4864), (6, 170, 2048), (400, 70, 4864)])
 def test_model_sizes(isa, rng, tokens, rows, cols, fmt):
-    """Several streams of panels with a remainder, and more x than one pass holds."""
+    """Several streams of panels with a remainder, more x than one pass holds, several blocks."""
     x, weight, bias = make(rng, fmt, tokens if isa != "scalar" else min(tokens, 70), rows, cols)
     assert_contraction(linear(x, weight, bias), *expected(x, weight, bias))
 
@@ -89,11 +89,12 @@ def test_strides_segments_and_guards(isa, rng, tokens, invariant):
     """Strided rows, one weight of every format and a float one; the memory around out stays."""
     cols = 75
     x = torch.randn((tokens + 1, 100), generator=rng)[1:, 7 : 7 + cols]
-    weights = [Weight(rng, fmt, rows, cols) for fmt, rows in zip(FORMATS, (50, 3, 33), strict=True)]
+    sizes = [50, 3, 33, 40]
+    weights = [Weight(rng, fmt, rows, cols) for fmt, rows in zip(FORMATS, sizes, strict=True)]
     plain = torch.randn((20, cols), generator=rng)
-    biases = [torch.randn(50, generator=rng), None, torch.randn(33, generator=rng), None]
-    storage = torch.full((tokens + 2, 140), 77.0)
-    out = storage[1:-1, 11 : 11 + 106]
+    biases = [torch.randn(50, generator=rng), None, torch.randn(33, generator=rng), None, None]
+    storage = torch.full((tokens + 2, 180), 77.0)
+    out = storage[1:-1, 11 : 11 + sum(sizes) + 20]
     everything = [*(w.packed for w in weights), plain]
     ops.linear(x, everything, biases, out=out, invariant=invariant)
     alone = [
@@ -101,8 +102,8 @@ def test_strides_segments_and_guards(isa, rng, tokens, invariant):
     ]
     assert torch.equal(out, torch.cat(alone, dim=1))
     if invariant:
-        parts = out[:, :86].split([50, 3, 33], dim=1)
-        for part, weight, bias in zip(parts, weights, biases[:3], strict=True):
+        parts = out[:, : sum(sizes)].split(sizes, dim=1)
+        for part, weight, bias in zip(parts, weights, biases[:4], strict=True):
             assert_contraction(part, *expected(x, weight, bias), factor=3.0)
     out.fill_(77.0)
     assert (storage == 77.0).all()
@@ -122,7 +123,7 @@ def test_bits_do_not_depend_on_batch_or_threads(isa, rng, rows, cols, fmt):
                 first = 70 - tokens
                 part = linear(x[first:], weight, bias)
                 assert torch.equal(part, whole[first:]), (count, tokens)
-                if fmt == "int8" or isa != "amx" or tokens < FOLDED_TOKENS:
+                if fmt.startswith("int8") or isa != "amx" or tokens < FOLDED_TOKENS:
                     fast = linear(x[first:], weight, bias, invariant=False)
                     assert torch.equal(fast, part), (count, tokens)
     finally:
@@ -156,7 +157,7 @@ def test_error_of_quantised_activations_is_bounded(isa, rng, tokens, fmt):
     """|error| <= sum |w| * max |x of the group| / 254, half a step of the code for each product."""
     x = outlier_input(rng, tokens, 300)
     weight = Weight(rng, fmt, 40, 300)
-    _, scale = quantized(x, 32)
+    _, scale = quantized(x, block_cols(fmt, 300))
     error = (linear(x, weight).double() - x.double() @ weight.values.T).abs()
     half_steps = scale / 2 @ weight.values.abs().T
     rounding = 300 * 2.0**-23 * (x.double().abs() @ weight.values.abs().T)  # float32 sums

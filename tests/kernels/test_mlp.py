@@ -1,11 +1,11 @@
-"""ops.mlp against float64: the exact arithmetic, and gated_gemm_int4_folded."""
+"""ops.mlp against float64: the exact arithmetic, and gated_gemm_folded."""
 
 from __future__ import annotations
 
 import pytest
 import quant_reference
 import torch
-from quantized_inputs import Weight, quantized
+from quantized_inputs import Weight, block_cols, quantized
 from tolerance import assert_contraction
 
 from qwen_native import ops
@@ -36,8 +36,8 @@ def folded_values(weight: Weight) -> torch.Tensor:
 
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("tokens", [1, 5, 8, 33])
-def test_exact_is_linear_swiglu_linear(isa, rng, fmt, tokens):
-    inter, hidden = 95, 70
+@pytest.mark.parametrize("inter,hidden", [(95, 70), (600, 540)])
+def test_exact_is_linear_swiglu_linear(isa, rng, fmt, tokens, inter, hidden):
     gate, up, down = matrices(rng, fmt, inter, hidden, 45)
     x, before = (
         torch.randn((tokens, hidden), generator=rng),
@@ -48,9 +48,9 @@ def test_exact_is_linear_swiglu_linear(isa, rng, fmt, tokens):
     inner = ops.swiglu(inner[:, :inter], inner[:, inter:])
     parts = ops.linear(inner, down.packed, out=before.clone(), add=True, invariant=True)
     assert torch.equal(out, parts)
-    wide, _ = quantized(x, 32)
+    wide, _ = quantized(x, block_cols(fmt, hidden))
     inner = silu(wide @ gate.values.T) * (wide @ up.values.T)
-    inner, _ = quantized(inner.float(), 32)
+    inner, _ = quantized(inner.float(), block_cols(fmt, inter))
     assert relative_error(out - before, inner @ down.values.T) < 3e-3  # codes on the edge of a step
 
 
@@ -85,6 +85,34 @@ def test_folded(isa, rng, fmt, tokens, inter, hidden):
         inner = silu(wide @ folded_values(gate).T) * (wide @ folded_values(up).T)
         inner, _ = quantized(inner.float(), INNER_BLOCK)
         assert relative_error(out, inner @ folded_values(down).T) < 0.015
+
+
+@pytest.mark.parametrize("tokens,inter,hidden", [(2, 600, 200), (300, 1100, 900), (70, 33, 31)])
+def test_int8_keeps_its_bits(isa, rng, tokens, inter, hidden):
+    """Fused for many tokens, three ops for a few: the same bits, whatever the number of tokens."""
+    gate, up, down = matrices(rng, "int8", inter, hidden, 45)
+    x = torch.randn((tokens, hidden), generator=rng)
+    if isa == "scalar":
+        x = x[:20]
+    out = ops.mlp(torch.zeros((len(x), 45)), x, gate.packed, up.packed, down.packed)
+    inner = ops.linear(x, [gate.packed, up.packed])
+    inner = ops.swiglu(inner[:, :inter], inner[:, inter:])
+    assert torch.equal(out, ops.linear(inner, down.packed))
+    for token in (0, len(x) - 1):
+        one = x[token : token + 1]
+        alone = ops.mlp(torch.zeros((1, 45)), one, gate.packed, up.packed, down.packed)
+        assert torch.equal(alone[0], out[token])
+
+
+@pytest.mark.parametrize("mixed", [("int8", "int4", "int4"), ("int4", "int8", "int8")])
+def test_int8_beside_4_bits(isa, rng, mixed):
+    """Any mixture is fused; 4-bit weights are rounded once more, for about 1 %."""
+    shapes = [(600, 200), (600, 200), (45, 600)]
+    gate, up, down = (Weight(rng, f, *s, s[1] ** -0.5) for f, s in zip(mixed, shapes, strict=True))
+    x = torch.randn((33, 200), generator=rng)
+    out = ops.mlp(torch.zeros((33, 45)), x, gate.packed, up.packed, down.packed)
+    inner = silu(x.double() @ gate.values.T) * (x.double() @ up.values.T)
+    assert relative_error(out, inner @ down.values.T) < 0.03
 
 
 @pytest.mark.parametrize("fmt", ["int4_symmetric", "int4"])

@@ -1,15 +1,17 @@
 // What the folded GEMMs share: int8 tiles of sixteen plus sixteen weight rows, times a chunk of
 // folded activations, with the float work hidden between the tile products. Level amx only.
 //
-//   weight  w8 = round(weight / fold_scale) in int8, one scale per row; a pair of half panels is
+//   weight  int8, one scale per row. Int8 panels are tiles as they lie and are prefetched a pair
+//           ahead. 4-bit ones are w8 = round(weight / fold_scale); a pair of half panels is
 //           unpacked to [step of 64 columns][side][16][64] before its products: spread between them
 //           the unpacking costs three times as much, because its stores delay the tile loads
 //   x       int8, one scale per token and block of columns (FoldedActivations)
-//   y       fold_scale * sum over the blocks of (x scale * int32 sum), given to a Sink
+//   y       sum over the blocks of x scale * int32 sum, given to a Sink, which multiplies by the
+//           rows' scales; the float operations are those of gemm_int8.cpp, in the same order
 //
-// A Sink takes the two vectors of sixteen results that a token has with a pair:
-//   start(pair)           before the first of them
-//   row(token, y[2])      each token of the chunk once
+// A Sink takes the two vectors of sixteen sums that a token has with a pair:
+//   start(pair, scale[2])  before the first of them
+//   row(token, y[2])       each token of the chunk once
 #pragma once
 #include "kernels/cpu/amx_tile.h"
 #include "kernels/cpu/kernels.h"
@@ -18,17 +20,26 @@
 namespace qn::cpu::QN_ISA {
 
 constexpr int64_t kTileBytes = 1024;
-/// Of packed weights; matters when few tokens share a panel.
+/// Bytes between the steps of a half panel's tiles.
+constexpr int64_t kStepBytes = 2 * kTileBytes;
+/// Of packed 4-bit weights; matters when few tokens share a panel.
 constexpr int64_t kFoldedPrefetchBytes = 3072;
 
-/// Sixteen rows of a packed 4-bit panel.
+/// Sixteen rows of a packed panel.
 struct HalfPanel {
   const uint8_t* packed;  // the panel
   int half;
   WeightFormat format;
 
-  QN_INLINE __m512 fold_scale() const {
-    return _mm512_loadu_ps(reinterpret_cast<const PanelHeader*>(packed)->fold_scale + 16 * half);
+  QN_INLINE __m512 scale() const {
+    const float* scales = format == WeightFormat::Int8
+                              ? reinterpret_cast<const Int8PanelHeader*>(packed)->row_scale
+                              : reinterpret_cast<const PanelHeader*>(packed)->fold_scale;
+    return _mm512_loadu_ps(scales + kHalfPanelRows * half);
+  }
+  /// Int8 only: [step] tiles, kStepBytes apart.
+  QN_INLINE const int8_t* tiles() const {
+    return reinterpret_cast<const int8_t*>(packed) + sizeof(Int8PanelHeader) + kTileBytes * half;
   }
 };
 
@@ -36,14 +47,14 @@ struct PanelPair {
   HalfPanel side[2];
 };
 
-/// Sixteen rows of a packed panel as int8 tiles, [step of 64 columns][16][64] with 2 KB between the
-/// steps.
+/// Sixteen rows of a packed 4-bit panel as int8 tiles, [step of 64 columns][16][64], kStepBytes
+/// between the steps.
 template <bool has_min>
 QN_INLINE void unpack_half(const HalfPanel& half, int64_t groups, int8_t* out) {
   // Codes times 128 * scale / fold_scale, in 16 bits: seven fraction bits until the rounding.
   const PanelHeader* header = reinterpret_cast<const PanelHeader*>(half.packed);
   const int first = half.half * static_cast<int>(kHalfPanelRows);
-  const __m512 fold = half.fold_scale();
+  const __m512 fold = half.scale();
   const __mmask16 used = _mm512_cmp_ps_mask(fold, _mm512_setzero_ps(), _CMP_GT_OQ);
   const __m512 inverse = _mm512_maskz_div_ps(used, _mm512_set1_ps(128.0f), fold);
   const __m512 row_scale =
@@ -79,7 +90,7 @@ QN_INLINE void unpack_half(const HalfPanel& half, int64_t groups, int8_t* out) {
       return _mm512_mask_blend_epi8(odd_bytes, _mm512_srli_epi16(even, 7),
                                     _mm512_slli_epi16(odd, 1));
     };
-    int8_t* tile = out + g / 2 * 2 * kTileBytes + g % 2 * 512;
+    int8_t* tile = out + g / 2 * kStepBytes + g % 2 * 512;
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const __m512i v = _mm512_loadu_si512(codes + 64 * i);
@@ -93,19 +104,49 @@ QN_INLINE void unpack_half(const HalfPanel& half, int64_t groups, int8_t* out) {
   }
 }
 
-/// A pair as [step][side][16][64].
-QN_INLINE void unpack_pair(const PanelPair& pair, int64_t groups, int8_t* out) {
-  for (int s = 0; s < 2; ++s) {
-    const HalfPanel& half = pair.side[s];
-    if (half.format == WeightFormat::Int4) {
-      unpack_half<true>(half, groups, out + s * kTileBytes);
-    } else {
-      unpack_half<false>(half, groups, out + s * kTileBytes);
-    }
+/// Where the tiles of one side are; 4-bit ones are unpacked to `out`.
+QN_INLINE const int8_t* tiles_of(const HalfPanel& half, int64_t groups, int8_t* out) {
+  if (half.format == WeightFormat::Int8) return half.tiles();
+  if (half.format == WeightFormat::Int4) {
+    unpack_half<true>(half, groups, out);
+  } else {
+    unpack_half<false>(half, groups, out);
   }
+  return out;
 }
 
-/// What a thread needs for 32 tokens x a pair; an unpacked pair follows it.
+/// Brings the Int8 tiles of a pair to L2, some lines at a time.
+class PairPrefetch {
+ public:
+  QN_INLINE void start(const PanelPair& pair, int64_t steps, int64_t lines_per_call) {
+    lines_ = lines_per_call;
+    line_ = 0;
+    end_ = 0;
+    for (int s = 0; s < 2; ++s) {
+      if (pair.side[s].format != WeightFormat::Int8) return;
+      tiles_[s] = reinterpret_cast<const char*>(pair.side[s].tiles());
+    }
+    end_ = steps * kLinesPerStep;
+  }
+  QN_INLINE void stop() { line_ = end_ = 0; }
+
+  QN_INLINE void some() {
+    const int64_t until = line_ + lines_ < end_ ? line_ + lines_ : end_;
+    for (; line_ < until; ++line_) {
+      const int64_t in_step = line_ % kLinesPerStep;
+      __builtin_prefetch(tiles_[in_step / 16] + line_ / kLinesPerStep * kStepBytes +
+                             in_step % 16 * 64,
+                         0, 2);
+    }
+  }
+
+ private:
+  static constexpr int64_t kLinesPerStep = 32;
+  const char* tiles_[2] = {};
+  int64_t line_ = 0, end_ = 0, lines_ = 0;
+};
+
+/// What a thread needs for 32 tokens x a pair; room for an unpacked pair follows it.
 struct FoldedStaging {
   alignas(64) int32_t sums[4][16][16];  // [token half * 2 + side][token][row]
   alignas(64) float total[4][16][16];
@@ -130,7 +171,7 @@ class FoldedEpilogue {
 
   QN_INLINE bool done() const { return row_ >= rows_; }
 
-  QN_INLINE void token(const __m512* fold_scale, Sink& sink) {
+  QN_INLINE void token(Sink& sink) {
     const int tile = row_ / 16 * 2, t = row_ % 16;
     const __m512 scale = _mm512_set1_ps(scale_[row_ * scale_stride_]);
     __m512 y[2];
@@ -142,10 +183,7 @@ class FoldedEpilogue {
           first_ ? _mm512_mul_ps(sum, scale) : _mm512_fmadd_ps(sum, scale, _mm512_load_ps(total));
       if (!last_) _mm512_store_ps(total, y[s]);
     }
-    if (last_) {
-      for (int s = 0; s < 2; ++s) y[s] = _mm512_mul_ps(y[s], fold_scale[s]);
-      sink.row(token_ + row_, y);
-    }
+    if (last_) sink.row(token_ + row_, y);
     ++row_;
   }
 
@@ -159,10 +197,10 @@ class FoldedEpilogue {
 };
 
 /// One block of columns for 32 tokens (16 when `two` is false) into staging->sums, with side work
-/// between.
+/// between. Rows of a tile that has fewer tokens are whatever follows.
 template <bool two, class Side>
-QN_INLINE void multiply_block(const int8_t* x, int64_t x_tile_stride, const int8_t* w,
-                              int64_t steps, FoldedStaging* staging, Side&& side) {
+QN_INLINE void multiply_block(const FoldedRow* x, const int8_t* const* w, int64_t steps,
+                              FoldedStaging* staging, Side&& side) {
   _tile_zero(0);
   _tile_zero(1);
   if constexpr (two) {
@@ -170,10 +208,10 @@ QN_INLINE void multiply_block(const int8_t* x, int64_t x_tile_stride, const int8
     _tile_zero(3);
   }
   for (int64_t s = 0; s < steps; ++s) {
-    _tile_loadd(4, x + s * kTileBytes, 64);
-    _tile_loadd(6, w + s * 2 * kTileBytes, 64);
-    _tile_loadd(7, w + s * 2 * kTileBytes + kTileBytes, 64);
-    if constexpr (two) _tile_loadd(5, x + x_tile_stride + s * kTileBytes, 64);
+    _tile_loadd(4, x[0].codes + s * x[0].step, 64);
+    _tile_loadd(6, w[0] + s * kStepBytes, 64);
+    _tile_loadd(7, w[1] + s * kStepBytes, 64);
+    if constexpr (two) _tile_loadd(5, x[1].codes + s * x[1].step, 64);
     _tile_dpbssd(0, 4, 6);
     _tile_dpbssd(1, 4, 7);
     if constexpr (two) {
@@ -198,70 +236,51 @@ QN_INLINE void multiply_pairs(const FoldedActivations& x, int64_t cols, int64_t 
                               Sink& sink) {
   const int64_t groups = group_count(cols), steps = folded_cols(cols) / kFoldedTileCols;
   const int64_t blocks = x.blocks(cols), steps_per_block = x.block_cols / kFoldedTileCols;
-  const int64_t x_tile = steps * kTileBytes;
-  int8_t* tiles = reinterpret_cast<int8_t*>(staging + 1);
+  const int64_t passes = (last - first + 31) / 32;
+  int8_t* unpacked = reinterpret_cast<int8_t*>(staging + 1);
   if (groups % 2 != 0) {  // the last step's second group does not exist
-    memset(tiles + (steps - 1) * 2 * kTileBytes, 0, 2 * kTileBytes);
+    memset(unpacked + (steps - 1) * kStepBytes, 0, kStepBytes);
   }
+  PairPrefetch prefetch;
   for (int64_t p = begin; p < end; ++p) {
     const PanelPair pair = pair_at(p);
-    unpack_pair(pair, groups, tiles);
-    const __m512 fold_scale[2] = {pair.side[0].fold_scale(), pair.side[1].fold_scale()};
-    sink.start(p);
+    const int8_t* tiles[2];
+    __m512 scale[2];
+    for (int s = 0; s < 2; ++s) {
+      tiles[s] = tiles_of(pair.side[s], groups, unpacked + s * kTileBytes);
+      scale[s] = pair.side[s].scale();
+    }
+    prefetch.stop();
+    if (p + 1 < end) prefetch.start(pair_at(p + 1), steps, (32 + passes - 1) / passes);
+    sink.start(p, scale);
     FoldedEpilogue<Sink> epilogue;
     for (int64_t token = first; token < last; token += 32) {
       const bool two = last - token > kTokenTile;
+      FoldedRow rows[2] = {folded_row(x, cols, token)};
+      if (two) rows[1] = folded_row(x, cols, token + kTokenTile);
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t step = block * steps_per_block;
         const int64_t block_steps = steps - step < steps_per_block ? steps - step : steps_per_block;
         const int tokens_per_step = static_cast<int>((32 + block_steps - 1) / block_steps);
         const auto side = [&] {
-          for (int i = 0; i < tokens_per_step && !epilogue.done(); ++i) {
-            epilogue.token(fold_scale, sink);
-          }
+          prefetch.some();
+          for (int i = 0; i < tokens_per_step && !epilogue.done(); ++i) epilogue.token(sink);
         };
-        const int8_t* codes = x.codes + token / kTokenTile * x_tile + step * kTileBytes;
         if (two) {
-          multiply_block<true>(codes, x_tile, tiles + step * 2 * kTileBytes, block_steps, staging,
-                               side);
+          multiply_block<true>(rows, tiles, block_steps, staging, side);
         } else {
-          multiply_block<false>(codes, x_tile, tiles + step * 2 * kTileBytes, block_steps, staging,
-                                side);
+          multiply_block<false>(rows, tiles, block_steps, staging, side);
+        }
+        for (int s = 0; s < 2; ++s) {
+          rows[s].codes += block_steps * rows[s].step;
+          tiles[s] += block_steps * kStepBytes;
         }
         epilogue.start(x, staging, token, last, block, blocks);
       }
+      for (const int8_t*& side : tiles) side -= steps * kStepBytes;
     }
-    while (!epilogue.done()) epilogue.token(fold_scale, sink);
+    while (!epilogue.done()) epilogue.token(sink);
   }
-}
-
-/// One token's columns [0, valid) of a block as int8, zeros up to `padded`; sixteen columns of x
-/// lie together, x_stride floats apart; `out` is the token's row in the block's first tile. Returns
-/// the scale.
-QN_INLINE float fold_block(const float* x, int64_t x_stride, int64_t valid, int64_t padded,
-                           int8_t* out) {
-  const auto load = [&](int64_t c) {
-    const float* sixteen = x + c / 16 * x_stride;
-    const int64_t left = valid - c;
-    return left >= 16 ? _mm512_loadu_ps(sixteen)
-           : left > 0 ? _mm512_maskz_loadu_ps(Vec::first(static_cast<int>(left)), sixteen)
-                      : _mm512_setzero_ps();
-  };
-  // As integers, magnitudes with NaN and infinity are the largest.
-  __m512i largest_bits = _mm512_setzero_si512();
-  for (int64_t c = 0; c < valid; c += 16) {
-    largest_bits = _mm512_max_epi32(largest_bits, _mm512_castps_si512(_mm512_abs_ps(load(c))));
-  }
-  const ActivationScale scale = activation_scale(_mm512_reduce_max_epi32(largest_bits));
-  const __m512 inverse = _mm512_set1_ps(scale.inverse);
-  for (int64_t c = 0; c < padded; c += 16) {
-    const __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(load(c), inverse));
-    const __m512i finite = scale.finite ? codes : _mm512_setzero_si512();
-    _mm_store_si128(
-        reinterpret_cast<__m128i*>(out + c / kFoldedTileCols * kTileBytes + c % kFoldedTileCols),
-        _mm512_cvtepi32_epi8(finite));
-  }
-  return scale.scale;
 }
 
 }  // namespace qn::cpu::QN_ISA

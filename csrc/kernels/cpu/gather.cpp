@@ -16,7 +16,7 @@ namespace {
 constexpr int kLanes = static_cast<int>(kHalfPanelRows);
 constexpr int kCodesPerDword = 4;
 constexpr int kLineBytes = kLanes * kCodesPerDword;
-constexpr int kInt8Dwords = static_cast<int>(kGroupSize) / kCodesPerDword;
+constexpr int kInt8Dwords = static_cast<int>(kGroupSize) / kCodesPerDword;  // Int8Grouped
 constexpr int kInt4Dwords = static_cast<int>(kGroupSize) / (2 * kCodesPerDword);
 
 /// Codes of one row and group, as floats: out [32].
@@ -65,9 +65,10 @@ void panel_row(float* out, const WeightView& table, int64_t id) {
       offset = row_min * static_cast<float>(block[kPanelRows + row]);
     } else {
       scale = half_at(block, row);
-      offset = scale * (format == WeightFormat::Int8 ? 128.0f : 8.0f);  // exact: a power of two
+      constexpr float kOffset = format == WeightFormat::Int8Grouped ? 128.0f : 8.0f;
+      offset = scale * kOffset;  // exact: a power of two
     }
-    if constexpr (format == WeightFormat::Int8) {
+    if constexpr (format == WeightFormat::Int8Grouped) {
       int8_codes(codes, block + kScaleBytes, half, lane);
     } else {
       int4_codes(codes, block + kScaleBytes, half, lane);
@@ -78,6 +79,22 @@ void panel_row(float* out, const WeightView& table, int64_t id) {
       const int count = n - i < Vec::kLanes ? static_cast<int>(n - i) : Vec::kLanes;
       fma(Vec(scale), Vec::load(codes + i), Vec::zero() - Vec(offset)).store(out + col + i, count);
     }
+  }
+}
+
+/// A row of an Int8 panel.
+void int8_row(float* out, const WeightView& table, int64_t id) {
+  const int64_t row = id % kPanelRows;
+  const char* panel = static_cast<const char*>(table.data) +
+                      id / kPanelRows * panel_bytes(WeightFormat::Int8, table.cols);
+  const float scale = reinterpret_cast<const Int8PanelHeader*>(panel)->row_scale[row];
+  const int8_t* half = reinterpret_cast<const int8_t*>(panel + sizeof(Int8PanelHeader)) +
+                       row / kHalfPanelRows * (kInt8BlockBytes / 2) +
+                       row % kHalfPanelRows * kCodesPerDword;
+  for (int64_t col = 0; col < table.cols; ++col) {
+    const int64_t in_block = col % kInt8GroupSize;
+    out[col] = scale * half[col / kInt8GroupSize * kInt8BlockBytes +
+                            in_block / kCodesPerDword * kLineBytes + in_block % kCodesPerDword];
   }
 }
 
@@ -105,7 +122,10 @@ void gather(const GatherArgs& args, int64_t begin, int64_t end) {
         plain_row<bf16>(out, args.table, id);
         break;
       case WeightFormat::Int8:
-        panel_row<WeightFormat::Int8>(out, args.table, id);
+        int8_row(out, args.table, id);
+        break;
+      case WeightFormat::Int8Grouped:
+        panel_row<WeightFormat::Int8Grouped>(out, args.table, id);
         break;
       case WeightFormat::Int4Symmetric:
         panel_row<WeightFormat::Int4Symmetric>(out, args.table, id);

@@ -1,18 +1,143 @@
-// GEMM with Int8 weights: out = x W^T (+ bias), exact int32 dot products per group of 32
-// (vec_panel_gemm.h); with many tokens at the level amx the same on tiles (amx_panel_gemm.h).
+// GEMM with Int8 weights, one scale per row: out = x W^T (+ bias), or with `add` out += x W^T.
+//
+//   y = 0
+//   for each block of columns in order: y = fma(float(sum of code * x code), x scale, y)
+//   result = fma(y, row_scale, bias)
+//
+// The sums are exact (below 2^24 in magnitude, so their floats are, too), and every element sees
+// the same float operations in the same order whatever the number of tokens, at every level and in
+// gemm_folded, which takes over where tiles are faster. A panel passes kTokens tokens at a time; a
+// single token walks kStreams panels at once, as in vec_panel_gemm.h.
+//
+//   levels: all; bytes: the weights once per pass of kTokens tokens, from the cache after the first
 #include "kernels/cpu/kernels.h"
-#include "kernels/cpu/vec_panel_gemm.h"
-#if QN_ISA_LEVEL >= 3
-#include "kernels/cpu/amx_panel_gemm.h"
-#endif
+#include "kernels/cpu/vec_dot.h"
 
 namespace qn::cpu::QN_ISA {
+namespace {
 
-void gemm_int8(const GemmQuantizedArgs& args, int64_t begin, int64_t end) {
-#if QN_ISA_LEVEL >= 3
-  if (args.x.tokens >= kTileTokens) return gemm_panels_tiles<Int8Panel>(args, begin, end);
-#endif
-  gemm_panels<Int8Panel>(args, begin, end);
+constexpr int kHalves = 2;
+constexpr int kStreams = QN_ISA_LEVEL >= 1 ? 4 : 1;
+constexpr int kTokens = QN_ISA_LEVEL == 1 ? 2 : 4;
+constexpr int64_t kPrefetchBytes = 3072;
+constexpr int64_t kActivationBytesPerPass = 1 << 20;  // what stays in L2 beside a panel
+constexpr int64_t kDwords = kInt8GroupSize / 4;
+
+/// The results of kCount consecutive tokens of one tile with the panels first, first + step, ...
+template <int kPanels, int kCount>
+QN_INLINE void gemm_block(const GemmFoldedArgs& a, int64_t first, int64_t step, int64_t token) {
+  const int64_t steps = folded_cols(a.cols) / kInt8GroupSize;
+  const int64_t blocks = a.x.blocks(a.cols), steps_per_block = a.x.block_cols / kInt8GroupSize;
+  const int64_t panel_size = panel_bytes(WeightFormat::Int8, a.cols);
+  const FoldedRow x = folded_row(a.x, a.cols, token);
+  const float* x_scale = a.x.scale + token * blocks;
+  const int32_t* negative_sum = a.x.negative_sum + token * blocks;
+  const char* panels = static_cast<const char*>(a.weight) + first * panel_size;
+  const auto codes_at = [&](int p, int64_t s, int h) {
+    return reinterpret_cast<const int8_t*>(panels + p * step * panel_size) +
+           sizeof(Int8PanelHeader) + s * kInt8BlockBytes + h * (kInt8BlockBytes / kHalves);
+  };
+
+  Vec y[kPanels][kHalves][kCount];
+  for (auto& panel : y) {
+    for (auto& half : panel) {
+      for (Vec& value : half) value = Vec::zero();
+    }
+  }
+
+  for (int64_t b = 0, s = 0; b < blocks; ++b) {
+    GroupSum<8> sums[kPanels][kHalves][kCount];
+    for (auto& panel : sums) {
+      for (auto& half : panel) {
+        for (int t = 0; t < kCount; ++t) half[t].start(negative_sum[t * blocks + b]);
+      }
+    }
+    const int64_t end = s + steps_per_block < steps ? s + steps_per_block : steps;
+    for (; s < end; ++s) {
+      const int8_t* group = x.codes + s * x.step;
+#pragma GCC unroll 4
+      for (int p = 0; p < kPanels; ++p) {
+        const int8_t* block = codes_at(p, s, 0);
+#pragma GCC unroll 32
+        for (int64_t i = 0; i < kInt8BlockBytes; i += 64) {
+          __builtin_prefetch(block + kPrefetchBytes + i, 0, 3);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < kDwords; ++i) {
+#pragma GCC unroll 2
+          for (int h = 0; h < kHalves; ++h) {
+            const Codes codes = Codes::load_signed(codes_at(p, s, h) + 64 * i);
+#pragma GCC unroll 4
+            for (int t = 0; t < kCount; ++t) {
+              sums[p][h][t].add(codes, group + t * kFoldedTileCols + 4 * i);
+            }
+          }
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanels; ++p) {
+#pragma GCC unroll 2
+      for (int h = 0; h < kHalves; ++h) {
+#pragma GCC unroll 4
+        for (int t = 0; t < kCount; ++t) {
+          y[p][h][t] = fma(sums[p][h][t].value(), Vec(x_scale[t * blocks + b]), y[p][h][t]);
+        }
+      }
+    }
+  }
+
+  for (int p = 0; p < kPanels; ++p) {
+    const float* scales =
+        reinterpret_cast<const Int8PanelHeader*>(panels + p * step * panel_size)->row_scale;
+    for (int h = 0; h < kHalves; ++h) {
+      const int64_t row = (first + p * step) * kPanelRows + h * kHalfPanelRows;
+      if (row >= a.rows) continue;
+      const int n = a.rows - row < Vec::kLanes ? static_cast<int>(a.rows - row) : Vec::kLanes;
+      const Vec scale = Vec::load(scales + h * kHalfPanelRows);
+      const Vec bias = a.bias != nullptr ? Vec::load(a.bias + row, n) : Vec::zero();
+      for (int t = 0; t < kCount; ++t) {
+        Vec result = fma(y[p][h][t], scale, bias);
+        float* out = a.out + (token + t) * a.out_stride + row;
+        if (a.add) result = Vec::load(out, n) + result;
+        result.store(out, n);
+      }
+    }
+  }
+}
+
+/// Tokens [token, end) of one tile.
+template <int kCount>
+void gemm_tokens(const GemmFoldedArgs& a, int64_t panel, int64_t token, int64_t end) {
+  for (; token + kCount <= end; token += kCount) gemm_block<1, kCount>(a, panel, 1, token);
+  if constexpr (kCount > 1) {
+    if (token < end) gemm_tokens<kCount / 2>(a, panel, token, end);
+  }
+}
+
+/// One token: the panels are cut into kStreams runs that are walked side by side.
+void gemv(const GemmFoldedArgs& a, int64_t begin, int64_t end) {
+  const int64_t run = (end - begin) / kStreams;
+  for (int64_t i = 0; i < run; ++i) gemm_block<kStreams, 1>(a, begin + i, run, 0);
+  for (int64_t p = begin + run * kStreams; p < end; ++p) gemm_block<1, 1>(a, p, 1, 0);
+}
+
+}  // namespace
+
+void gemm_int8(const GemmFoldedArgs& a, int64_t begin, int64_t end) {
+  if (a.x.tokens == 1) return gemv(a, begin, end);
+  const int64_t fitting = kActivationBytesPerPass / (folded_cols(a.cols) * kTokenTile + 1);
+  const int64_t pass = (fitting > 1 ? fitting : 1) * kTokenTile;
+  for (int64_t pass_begin = 0; pass_begin < a.x.tokens; pass_begin += pass) {
+    const int64_t left = a.x.tokens - pass_begin;
+    const int64_t pass_end = pass_begin + (left < pass ? left : pass);
+    for (int64_t panel = begin; panel < end; ++panel) {
+      for (int64_t token = pass_begin; token < pass_end; token += kTokenTile) {
+        const int64_t rest = pass_end - token;
+        gemm_tokens<kTokens>(a, panel, token, token + (rest < kTokenTile ? rest : kTokenTile));
+      }
+    }
+  }
 }
 
 }  // namespace qn::cpu::QN_ISA

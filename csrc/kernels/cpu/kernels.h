@@ -16,6 +16,18 @@ constexpr int64_t folded_cols(int64_t cols) {
   return (cols + kFoldedTileCols - 1) / kFoldedTileCols * kFoldedTileCols;
 }
 
+/// Where a token's codes are in FoldedActivations: 64 at codes, the next 64 step bytes on, ...
+struct FoldedRow {
+  int8_t* codes;
+  int64_t step;
+};
+constexpr FoldedRow folded_row(const FoldedActivations& x, int64_t cols, int64_t token) {
+  const int64_t tile = token / kTokenTile * kTokenTile;
+  const int64_t count = x.tokens - tile < kTokenTile ? x.tokens - tile : kTokenTile;
+  return {x.codes + tile * folded_cols(cols) + (token - tile) * kFoldedTileCols,
+          count * kFoldedTileCols};
+}
+
 /// Scratch bytes of a thread: one panel as int8 with float scales and mins.
 constexpr int64_t gemm_quantized_scratch(int64_t cols) {
   return group_count(cols) * kPanelRows * (kGroupSize + 2 * 4);
@@ -63,16 +75,16 @@ struct CpuKernels {
   void (*attention_merge)(const AttentionArgs&, int64_t begin, int64_t end);           // items
   void (*quantize_activations)(const QuantizeActivationsArgs&, int64_t begin,
                                int64_t end);                                // tokens
-  void (*gemm_int8)(const GemmQuantizedArgs&, int64_t begin, int64_t end);  // panels
+  void (*gemm_int8_grouped)(const GemmQuantizedArgs&, int64_t begin, int64_t end);  // panels
   void (*gemm_int4)(const GemmQuantizedArgs&, int64_t begin,
                     int64_t end);  // panels, both 4-bit formats
 
-  // Null where the level has no such kernel: the exact one is as fast there.
-  void (*fold_activations)(const FoldActivationsArgs&, int64_t begin,
-                           int64_t end);  // tiles of 16 tokens
-  void (*gemm_int4_folded)(const GemmFoldedArgs&, int64_t begin, int64_t end);  // chunks x panels
-  void (*gated_gemm_int4_folded)(const GatedGemmFoldedArgs&, int64_t begin,
-                                 int64_t end);  // chunks x blocks
+  void (*fold_activations)(const FoldActivationsArgs&, int64_t begin, int64_t end);  // tokens
+  void (*gemm_int8)(const GemmFoldedArgs&, int64_t begin, int64_t end);              // panels
+  // Null where the level has no such kernel.
+  void (*gemm_folded)(const GemmFoldedArgs&, int64_t begin, int64_t end);  // chunks x panels
+  void (*gated_gemm_folded)(const GatedGemmFoldedArgs&, int64_t begin,
+                            int64_t end);  // chunks x blocks
 
   void (*decode_source)(const DecodeSourceArgs&, int64_t begin, int64_t end);  // rows
   void (*repack)(const RepackArgs&, int64_t begin, int64_t end);               // panels
@@ -111,11 +123,12 @@ void kv_append(const KvAppendArgs& args, int64_t begin, int64_t end);
 void attention(const AttentionArgs& args, int64_t begin, int64_t end, void* scratch);
 void attention_merge(const AttentionArgs& args, int64_t begin, int64_t end);
 void quantize_activations(const QuantizeActivationsArgs& args, int64_t begin, int64_t end);
-void gemm_int8(const GemmQuantizedArgs& args, int64_t begin, int64_t end);
+void gemm_int8_grouped(const GemmQuantizedArgs& args, int64_t begin, int64_t end);
 void gemm_int4(const GemmQuantizedArgs& args, int64_t begin, int64_t end);
 void fold_activations(const FoldActivationsArgs& args, int64_t begin, int64_t end);
-void gemm_int4_folded(const GemmFoldedArgs& args, int64_t begin, int64_t end);
-void gated_gemm_int4_folded(const GatedGemmFoldedArgs& args, int64_t begin, int64_t end);
+void gemm_int8(const GemmFoldedArgs& args, int64_t begin, int64_t end);
+void gemm_folded(const GemmFoldedArgs& args, int64_t begin, int64_t end);
+void gated_gemm_folded(const GatedGemmFoldedArgs& args, int64_t begin, int64_t end);
 
 }  // namespace qn::cpu::QN_ISA
 #endif

@@ -1,8 +1,9 @@
 // float32 rows to panels of quantised weights, with the scales that minimise the squared error.
 //
 //   x      [rows, cols] f32
-//   out    panels of Int8, Int4Symmetric or Int4, see quant_layout.h
-//   Int8, Int4Symmetric: weight = scale * code; the codes of a trial scale give the least-squares
+//   out    panels of Int8, Int8Grouped, Int4Symmetric or Int4, see quant_layout.h
+//   Int8: weight = row_scale * code, row_scale = max |x| / 127 of the row
+//   Int8Grouped, Int4Symmetric: weight = scale * code; the codes of a trial scale give the least-squares
 //          scale sum(x q) / sum(q q), whose rounding to binary16 is kept if it beats plain rounding
 //   Int4:  weight = scale * code - min; trial ranges, each refitted by least squares; the best
 //          scale and min are rounded to 8 bits against the row's largest, and the codes chosen anew
@@ -202,7 +203,7 @@ QN_INLINE void store_codes4(uint8_t* out, const Code& code) {
 }
 
 /// scale [16] half at `scales`, 512 bytes of codes at `codes`.
-QN_INLINE void quantize_int8(const Tile& tile, Range range, uint8_t* scales, uint8_t* codes) {
+QN_INLINE void quantize_int8_grouped(const Tile& tile, Range range, uint8_t* scales, uint8_t* codes) {
   constexpr float kLow = -128.0f, kHigh = 127.0f;
   const Vec largest = max(range.high, Vec::zero() - range.low);
   const Vec plain = half_scale(largest * Vec(1.0f / 127.0f));
@@ -424,7 +425,35 @@ void quantize_int4_half(const QuantizeArgs& a, int64_t first_row, int64_t half, 
   (furthest * Vec(1.0f / 127.0f)).store(header + 2 * kPanelRows + half);
 }
 
-/// Half a panel of Int8 or Int4Symmetric.
+/// Half a panel of Int8. The row's scale needs every group first, so the groups are read twice.
+void quantize_int8_half(const QuantizeArgs& a, int64_t first_row, int64_t half, uint8_t* panel) {
+  const int64_t groups = group_count(a.cols);
+  constexpr int64_t kGroupBytes = kGroupSize * kHalfPanelRows;
+  Vec largest = Vec::zero();
+  Tile tile;
+  for (int64_t group = 0; group < groups; ++group) {
+    load_tile(a, first_row, group, tile);
+    const Range range = checked_range(a, first_row, tile);
+    largest = max(max(range.high, Vec::zero() - range.low), largest);
+  }
+  const Vec scale =
+      select_less(largest, Vec(kNegligible), Vec::zero(), largest * Vec(1.0f / 127.0f));
+  const Vec inverse = reciprocal_or_zero(scale);
+  scale.store(reinterpret_cast<float*>(panel) + half);
+  uint8_t* codes = panel + sizeof(Int8PanelHeader) + half / kHalfPanelRows * (kInt8BlockBytes / 2);
+  for (int64_t group = 0; group < groups; ++group) {
+    load_tile(a, first_row, group, tile);
+    checked_range(a, first_row, tile);
+    uint8_t* out = codes + group / 2 * kInt8BlockBytes + group % 2 * kGroupBytes;
+    store_codes8(out, [&](int k) {
+      return nearest(clamp(tile.column(k) * inverse, -127.0f, 127.0f)) + Vec(128.0f);
+    });
+    for (int64_t i = 0; i < kGroupBytes; ++i) out[i] ^= 128;  // code + 128 to the signed code
+  }
+  if (groups % 2 != 0) memset(codes + groups / 2 * kInt8BlockBytes + kGroupBytes, 0, kGroupBytes);
+}
+
+/// Half a panel of Int8Grouped or Int4Symmetric.
 template <WeightFormat kFormat>
 void quantize_symmetric_half(const QuantizeArgs& a, int64_t first_row, int64_t half,
                              uint8_t* panel) {
@@ -437,8 +466,8 @@ void quantize_symmetric_half(const QuantizeArgs& a, int64_t first_row, int64_t h
     const Range range = checked_range(a, first_row, tile);
     uint8_t* scales = block + half * static_cast<int64_t>(sizeof(uint16_t));
     uint8_t* codes = block + kScaleBytes + half / kHalfPanelRows * kHalfCodes;
-    if constexpr (kFormat == WeightFormat::Int8) {
-      quantize_int8(tile, range, scales, codes);
+    if constexpr (kFormat == WeightFormat::Int8Grouped) {
+      quantize_int8_grouped(tile, range, scales, codes);
     } else {
       quantize_int4_symmetric(tile, range, scales, codes, furthest);
     }
@@ -460,7 +489,10 @@ void quantize(const QuantizeArgs& args, int64_t begin, int64_t end) {
       const int64_t first_row = panel * kPanelRows + half;
       switch (args.format) {
         case WeightFormat::Int8:
-          quantize_symmetric_half<WeightFormat::Int8>(args, first_row, half, out);
+          quantize_int8_half(args, first_row, half, out);
+          break;
+        case WeightFormat::Int8Grouped:
+          quantize_symmetric_half<WeightFormat::Int8Grouped>(args, first_row, half, out);
           break;
         case WeightFormat::Int4Symmetric:
           quantize_symmetric_half<WeightFormat::Int4Symmetric>(args, first_row, half, out);

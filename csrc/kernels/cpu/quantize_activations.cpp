@@ -28,14 +28,18 @@ void quantize_activations(const QuantizeActivationsArgs& a, int64_t begin, int64
       const Vec first = Vec::load(x + column, lanes(a.cols - column));
       const int rest = lanes(a.cols - column - Vec::kLanes);
       const Vec second = rest > 0 ? Vec::load(x + column + Vec::kLanes, rest) : Vec::zero();
-      const ActivationScale scale = activation_scale(max_magnitude(first, second));
+      LargestMagnitude largest;
+      largest.add(first);
+      largest.add(second);
+      const ActivationScale scale = activation_scale(largest.bits());
       const int64_t at = slot.first + g * slot.stride;
       int8_t* codes = a.out.codes + at * kGroupSize;
       const Vec factor(scale.inverse);
       int32_t sum = 0;
       if (scale.finite) {
-        sum = store_rounded(first * factor, codes) +
-              store_rounded(second * factor, codes + Vec::kLanes);
+        const Vec rounded = store_rounded(first * factor, codes);
+        sum = static_cast<int32_t>(
+            qn::cpu::QN_ISA::sum(rounded + store_rounded(second * factor, codes + Vec::kLanes)));
       } else {
         memset(codes, 0, kGroupSize);
       }

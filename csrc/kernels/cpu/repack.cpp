@@ -1,9 +1,9 @@
 // Exact conversions of GGUF's 32-column blocks to panels: same scale, same codes, other order.
 //
 //   data   rows of Q4_0, Q5_0 or Q8_0 blocks at any address
-//   out    panels of Int8 (all three) or Int4Symmetric (Q4_0), see quant_layout.h
+//   out    panels of Int8Grouped (all three) or Int4Symmetric (Q4_0), see quant_layout.h
 //   levels: all; integer work on eight codes per 64-bit word, bound by memory
-//   bytes per 32 weights: Q8_0 34 read, Q5_0 22, Q4_0 18; 34 (Int8) or 18 (Int4Symmetric) written
+//   bytes per 32 weights: Q8_0 34 read, Q5_0 22, Q4_0 18; 34 (Int8Grouped) or 18 (Int4Symmetric) written
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/vec.h"
 
@@ -115,11 +115,11 @@ void repack(const RepackArgs& args, int64_t begin, int64_t end) {
   if (args.format == WeightFormat::Int4Symmetric) {
     panel_fn = repack_panel<SourceType::Q4_0, WeightFormat::Int4Symmetric>;
   } else if (args.source == SourceType::Q8_0) {
-    panel_fn = repack_panel<SourceType::Q8_0, WeightFormat::Int8>;
+    panel_fn = repack_panel<SourceType::Q8_0, WeightFormat::Int8Grouped>;
   } else if (args.source == SourceType::Q5_0) {
-    panel_fn = repack_panel<SourceType::Q5_0, WeightFormat::Int8>;
+    panel_fn = repack_panel<SourceType::Q5_0, WeightFormat::Int8Grouped>;
   } else {
-    panel_fn = repack_panel<SourceType::Q4_0, WeightFormat::Int8>;
+    panel_fn = repack_panel<SourceType::Q4_0, WeightFormat::Int8Grouped>;
   }
   for (int64_t panel = begin; panel < end; ++panel) panel_fn(args, panel);
 }

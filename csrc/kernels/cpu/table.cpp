@@ -18,21 +18,22 @@ void fill(CpuKernels& table) {
   table.block_exp_sum = block_exp_sum;
   table.gemm_f32 = gemm_f32;
   table.quantize_activations = quantize_activations;
+  table.fold_activations = fold_activations;
+  table.gemm_int8 = gemm_int8;
   table.decode_source = decode_source;
   table.repack = repack;
   table.quantize = quantize;
 #else
   table.gemm_bf16_pack_x = gemm_bf16_pack_x;
-  table.fold_activations = fold_activations;
-  table.gemm_int4_folded = gemm_int4_folded;
-  table.gated_gemm_int4_folded = gated_gemm_int4_folded;
+  table.gemm_folded = gemm_folded;
+  table.gated_gemm_folded = gated_gemm_folded;
 #endif
   table.probe = probe;
   table.gemm_bf16 = gemm_bf16;
   table.gemm_bf16_workspace = gemm_bf16_workspace;
   table.attention = attention;
   table.attention_merge = attention_merge;
-  table.gemm_int8 = gemm_int8;
+  table.gemm_int8_grouped = gemm_int8_grouped;
   table.gemm_int4 = gemm_int4;
 }
 

@@ -2,13 +2,14 @@
 // sixteen rows at a time, and the conversions around them.
 //
 //   Codes                   64 bytes of a block: four columns of sixteen rows; low() and high()
-//                           split 4-bit codes
+//                           split 4-bit codes, load_signed(p) adds 128 to signed ones
 //   GroupSum<bits>          exact sum over one group: start(-sum of the activations) subtracts the
 //                           codes' offset, add() takes four activations at x times the codes,
 //                           value() is the int32 result as float
 //   load_halfs, load_bytes  sixteen scales (binary16, uint8) as floats
-//   max_magnitude(a, b)     bits of the largest |lane|; NaN and infinity exceed all numbers
-//   store_rounded(x, p)     lanes to the nearest integers (ties to even) as int8; returns their sum
+//   LargestMagnitude        bits of the largest |lane| of what is added; NaN and infinity exceed
+//                           all numbers
+//   store_rounded(x, p)     lanes to the nearest integers (ties to even) as int8; returns them
 //
 // Ranges: |activation| <= 127, |code - 128| <= 128, codes of 4 bits <= 15. At 4 bits the eight
 // products of a 16-bit lane stay below 8 * 2 * 15 * 127 = 30480; at 8 bits one pair stays below 2 *
@@ -52,6 +53,9 @@ QN_INLINE ActivationScale activation_scale(int32_t largest_bits) {
 struct Codes {
   __m512i v;
   static QN_INLINE Codes load(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+  static QN_INLINE Codes load_signed(const int8_t* p) {
+    return {_mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128))};
+  }
   QN_INLINE Codes low() const { return {_mm512_and_si512(v, _mm512_set1_epi8(15))}; }
   QN_INLINE Codes high() const {
     return {_mm512_and_si512(_mm512_srli_epi16(v, 4), _mm512_set1_epi8(15))};
@@ -80,16 +84,18 @@ QN_INLINE Vec load_bytes(const uint8_t* p) {
       _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 
-QN_INLINE int32_t max_magnitude(Vec a, Vec b) {
-  const __m512i x = _mm512_castps_si512(_mm512_abs_ps(a.v));
-  const __m512i y = _mm512_castps_si512(_mm512_abs_ps(b.v));
-  return _mm512_reduce_max_epi32(_mm512_max_epi32(x, y));
-}
+struct LargestMagnitude {
+  __m512i largest = _mm512_setzero_si512();
+  QN_INLINE void add(Vec x) {
+    largest = _mm512_max_epi32(largest, _mm512_castps_si512(_mm512_abs_ps(x.v)));
+  }
+  QN_INLINE int32_t bits() const { return _mm512_reduce_max_epi32(largest); }
+};
 
-QN_INLINE int32_t store_rounded(Vec x, int8_t* p) {
+QN_INLINE Vec store_rounded(Vec x, int8_t* p) {
   const __m512i rounded = _mm512_cvtps_epi32(x.v);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(rounded));
-  return _mm512_reduce_add_epi32(rounded);
+  return _mm512_cvtepi32_ps(rounded);
 }
 
 #elif QN_ISA_LEVEL == 1
@@ -99,6 +105,11 @@ struct Codes {
   static QN_INLINE Codes load(const uint8_t* p) {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32))};
+  }
+  static QN_INLINE Codes load_signed(const int8_t* p) {
+    const Codes codes = load(reinterpret_cast<const uint8_t*>(p));
+    const __m256i offset = _mm256_set1_epi8(-128);
+    return {_mm256_xor_si256(codes.lo, offset), _mm256_xor_si256(codes.hi, offset)};
   }
   QN_INLINE Codes low() const {
     const __m256i mask = _mm256_set1_epi8(15);
@@ -171,30 +182,32 @@ QN_INLINE Vec load_bytes(const uint8_t* p) {
           _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
 }
 
-QN_INLINE int32_t max_magnitude(Vec a, Vec b) {
-  const __m256i mask = _mm256_set1_epi32(0x7fffffff);
-  const auto magnitude = [mask](__m256 x) {
-    return _mm256_and_si256(_mm256_castps_si256(x), mask);
-  };
-  const __m256i eight = _mm256_max_epi32(_mm256_max_epi32(magnitude(a.lo), magnitude(a.hi)),
-                                         _mm256_max_epi32(magnitude(b.lo), magnitude(b.hi)));
-  __m128i four = _mm_max_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
-  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4E));
-  four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xB1));
-  return _mm_cvtsi128_si32(four);
-}
+struct LargestMagnitude {
+  __m256i largest = _mm256_setzero_si256();
+  QN_INLINE void add(Vec x) {
+    largest = _mm256_max_epi32(largest, _mm256_max_epi32(magnitude(x.lo), magnitude(x.hi)));
+  }
+  QN_INLINE int32_t bits() const {
+    __m128i four =
+        _mm_max_epi32(_mm256_castsi256_si128(largest), _mm256_extracti128_si256(largest, 1));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+    four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xB1));
+    return _mm_cvtsi128_si32(four);
+  }
 
-QN_INLINE int32_t store_rounded(Vec x, int8_t* p) {
+ private:
+  static QN_INLINE __m256i magnitude(__m256 x) {
+    return _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff));
+  }
+};
+
+QN_INLINE Vec store_rounded(Vec x, int8_t* p) {
   const __m256i lo = _mm256_cvtps_epi32(x.lo), hi = _mm256_cvtps_epi32(x.hi);
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(lo, hi), 0xD8);
   const __m128i bytes =
       _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
-  const __m256i eight = _mm256_add_epi32(lo, hi);
-  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
-  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4E));
-  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0xB1));
-  return _mm_cvtsi128_si32(four);
+  return {_mm256_cvtepi32_ps(lo), _mm256_cvtepi32_ps(hi)};
 }
 
 #else
@@ -204,6 +217,11 @@ struct Codes {
   static QN_INLINE Codes load(const uint8_t* p) {
     Codes c;
     memcpy(c.byte, p, sizeof c.byte);
+    return c;
+  }
+  static QN_INLINE Codes load_signed(const int8_t* p) {
+    Codes c;
+    for (int i = 0; i < 64; ++i) c.byte[i] = static_cast<uint8_t>(p[i] + 128);
     return c;
   }
   QN_INLINE Codes low() const {
@@ -249,27 +267,26 @@ QN_INLINE Vec load_bytes(const uint8_t* p) {
   return v;
 }
 
-QN_INLINE int32_t max_magnitude(Vec a, Vec b) {
+struct LargestMagnitude {
   int32_t largest = 0;
-  const Vec both[2] = {a, b};
-  for (const Vec& v : both) {
-    for (const float& lane : v.lane) {
-      int32_t bits;
-      memcpy(&bits, &lane, sizeof bits);
-      bits &= 0x7fffffff;
-      largest = largest > bits ? largest : bits;
+  QN_INLINE void add(Vec x) {
+    for (const float& lane : x.lane) {
+      int32_t magnitude;
+      memcpy(&magnitude, &lane, sizeof magnitude);
+      magnitude &= 0x7fffffff;
+      largest = largest > magnitude ? largest : magnitude;
     }
   }
-  return largest;
-}
+  QN_INLINE int32_t bits() const { return largest; }
+};
 
-QN_INLINE int32_t store_rounded(Vec x, int8_t* p) {
-  int32_t total = 0;
+QN_INLINE Vec store_rounded(Vec x, int8_t* p) {
+  Vec rounded;
   for (int i = 0; i < 16; ++i) {
-    p[i] = static_cast<int8_t>(nearbyintf(x.lane[i]));
-    total += p[i];
+    rounded.lane[i] = nearbyintf(x.lane[i]);
+    p[i] = static_cast<int8_t>(rounded.lane[i]);
   }
-  return total;
+  return rounded;
 }
 
 #endif

@@ -1,4 +1,4 @@
-// The exact GEMM of the quantised formats, one template for all levels; gemm_int8.cpp and
+// The exact GEMM of the quantised formats, one template for all levels; gemm_int8_grouped.cpp and
 // gemm_int4.cpp instantiate it.
 //
 //   y = 0
@@ -21,10 +21,10 @@
 
 namespace qn::cpu::QN_ISA {
 
-struct Int8Panel {
+struct Int8GroupedPanel {
   static constexpr int kBits = 8;
   static constexpr int64_t kHeader = 0;
-  static constexpr int64_t kBlock = kInt8BlockBytes;
+  static constexpr int64_t kBlock = kInt8GroupedBlockBytes;
   static constexpr bool kHasMin = false;
 };
 

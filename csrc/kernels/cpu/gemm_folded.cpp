@@ -1,8 +1,9 @@
-// GEMM with 4-bit weights on AMX tiles with whole columns of int32 sums (amx_folded_gemm.h): the
-// fast path for many tokens, out = x W^T (+ bias), or with `add` out += x W^T.
+// GEMM on AMX tiles with whole columns of int32 sums (amx_folded_gemm.h): the fast path for many
+// tokens, out = x W^T (+ bias), or with `add` out += x W^T.
 //
-//   level: amx only. Rounding the weights again costs about 0.3 % of the result, the coarser scales
-//   of x as much. A chunk of x stays in L2 while the panels pass.
+//   weights: Int8, with the same bits as gemm_int8; or a 4-bit format, whose second rounding costs
+//   about 0.3 % of the result, and the coarser scales of x as much
+//   level: amx only. A chunk of x stays in L2 while the panels pass.
 //   bytes per chunk: the weights once, tokens * cols, 4 * tokens * rows
 #include "kernels/cpu/kernels.h"
 #if QN_ISA_LEVEL >= 3
@@ -16,7 +17,7 @@ class FloatSink {
  public:
   explicit FloatSink(const GemmFoldedArgs& args) : a_(args) {}
 
-  QN_INLINE void start(int64_t panel) {
+  QN_INLINE void start(int64_t panel, const __m512* scale) {
     out_ = a_.out + panel * kPanelRows;
     for (int h = 0; h < 2; ++h) {
       const int64_t row = panel * kPanelRows + h * kHalfPanelRows;
@@ -24,13 +25,14 @@ class FloatSink {
       mask_[h] = left >= 16 ? 0xffff : left > 0 ? Vec::first(static_cast<int>(left)) : 0;
       bias_[h] =
           a_.bias != nullptr ? _mm512_maskz_loadu_ps(mask_[h], a_.bias + row) : _mm512_setzero_ps();
+      scale_[h] = scale[h];
     }
   }
 
   QN_INLINE void row(int64_t token, const __m512* y) {
     float* out = out_ + token * a_.out_stride;
     for (int h = 0; h < 2; ++h) {
-      __m512 result = _mm512_add_ps(y[h], bias_[h]);
+      __m512 result = _mm512_fmadd_ps(y[h], scale_[h], bias_[h]);
       if (a_.add) result = _mm512_add_ps(result, _mm512_maskz_loadu_ps(mask_[h], out + 16 * h));
       _mm512_mask_storeu_ps(out + 16 * h, mask_[h], result);
     }
@@ -39,31 +41,13 @@ class FloatSink {
  private:
   const GemmFoldedArgs& a_;
   float* out_ = nullptr;
-  __m512 bias_[2];
+  __m512 scale_[2], bias_[2];
   __mmask16 mask_[2];
 };
 
 }  // namespace
 
-void fold_activations(const FoldActivationsArgs& a, int64_t begin, int64_t end) {
-  const int64_t steps = folded_cols(a.cols) / kFoldedTileCols, blocks = a.out.blocks(a.cols);
-  for (int64_t token = begin * kTokenTile; token < end * kTokenTile; ++token) {
-    int8_t* out = a.out.codes +
-                  (token / kTokenTile * steps * kTokenTile + token % kTokenTile) * kFoldedTileCols;
-    for (int64_t block = 0; block < blocks; ++block) {
-      const int64_t column = block * a.out.block_cols;
-      const auto within = [&](int64_t cols) {
-        return cols - column < a.out.block_cols ? cols - column : a.out.block_cols;
-      };
-      const int64_t valid = token < a.out.tokens ? within(a.cols) : 0;
-      a.out.scale[token * blocks + block] =
-          fold_block(a.x + token * a.x_stride + column, 16, valid, within(folded_cols(a.cols)),
-                     out + column / kFoldedTileCols * kTileBytes);
-    }
-  }
-}
-
-void gemm_int4_folded(const GemmFoldedArgs& a, int64_t begin, int64_t end) {
+void gemm_folded(const GemmFoldedArgs& a, int64_t begin, int64_t end) {
   const TileScope tiles;
   const int64_t panels = panel_count(a.rows), panel_size = panel_bytes(a.format, a.cols);
   const auto pair_at = [&](int64_t panel) {

@@ -1,5 +1,6 @@
-// The first half of an MLP with 4-bit weights on AMX tiles: out = silu(x gate^T) * (x up^T), folded
-// for the GEMM that follows (amx_folded_gemm.h).
+// The first half of an MLP on AMX tiles: out = silu(x gate^T) * (x up^T), folded for the GEMM that
+// follows (amx_folded_gemm.h). With Int8 weights the bits are those of gemm_int8, swiglu and
+// fold_activations.
 //
 //   unit of work: a chunk of tokens x a block of out's columns, so that the block's results stay in
 //   L2 until their scales are known; float32 [tokens, 2 * rows] never goes through memory
@@ -8,6 +9,7 @@
 #include "kernels/cpu/kernels.h"
 #if QN_ISA_LEVEL >= 3
 #include "kernels/cpu/amx_folded_gemm.h"
+#include "kernels/cpu/vec_fold.h"
 
 namespace qn::cpu::QN_ISA {
 namespace {
@@ -21,25 +23,29 @@ class GatedSink {
         stride_(gated_half_stride(chunk_tokens)),
         first_half_(first_half) {}
 
-  QN_INLINE void start(int64_t half) { half_ = out_ + (half - first_half_) * stride_; }
+  QN_INLINE void start(int64_t half, const __m512* scale) {
+    half_ = out_ + (half - first_half_) * stride_;
+    for (int s = 0; s < 2; ++s) scale_[s] = scale[s];
+  }
   QN_INLINE void row(int64_t token, const __m512* y) {
-    (silu(Vec(y[0])) * Vec(y[1])).store(half_ + token * kHalfPanelRows);
+    const Vec gate = Vec(y[0]) * Vec(scale_[0]), up = Vec(y[1]) * Vec(scale_[1]);
+    (silu(gate) * up).store(half_ + token * kHalfPanelRows);
   }
 
  private:
   float* out_;
   int64_t stride_, first_half_;
   float* half_ = nullptr;
+  __m512 scale_[2];
 };
 
 }  // namespace
 
-void gated_gemm_int4_folded(const GatedGemmFoldedArgs& a, int64_t begin, int64_t end) {
+void gated_gemm_folded(const GatedGemmFoldedArgs& a, int64_t begin, int64_t end) {
   const TileScope tiles;
   FoldedStaging* staging = static_cast<FoldedStaging*>(a.scratch);
   float* block_out = reinterpret_cast<float*>(reinterpret_cast<char*>(staging + 1) +
                                               kPanelRows * folded_cols(a.cols));
-  const int64_t out_steps = folded_cols(a.rows) / kFoldedTileCols;
   const int64_t block_cols = a.out.block_cols, blocks = a.out.blocks(a.rows);
   const auto half_at = [&](const GatedWeight& weight, int64_t half) {
     return HalfPanel{
@@ -59,14 +65,13 @@ void gated_gemm_int4_folded(const GatedGemmFoldedArgs& a, int64_t begin, int64_t
     multiply_pairs(a.x, a.cols, first, last, half,
                    half + (valid + kHalfPanelRows - 1) / kHalfPanelRows, staging, pair_at, sink);
     const int64_t padded = (valid + kFoldedTileCols - 1) / kFoldedTileCols * kFoldedTileCols;
-    const int64_t last_row = (last + kTokenTile - 1) / kTokenTile * kTokenTile;
-    for (int64_t token = first; token < last_row; ++token) {
-      int8_t* codes = a.out.codes + (token / kTokenTile * out_steps * kTokenTile +
-                                     column / kFoldedTileCols * kTokenTile + token % kTokenTile) *
-                                        kFoldedTileCols;
+    for (int64_t token = first; token < last; ++token) {
+      FoldedRow row = folded_row(a.out, a.rows, token);
+      row.codes += column / kFoldedTileCols * row.step;
       a.out.scale[token * blocks + block] =
           fold_block(block_out + (token - first) * kHalfPanelRows,
-                     gated_half_stride(a.chunk_tokens), token < last ? valid : 0, padded, codes);
+                     gated_half_stride(a.chunk_tokens), valid, padded, row)
+              .scale;
     }
   }
 }
