@@ -8,8 +8,8 @@
 
 namespace qn::ops {
 
-/// Columns that share a scale beside folded 4-bit weights: those of a norm's output, and those of an
-/// MLP's inner activations, whose outliers reach further.
+/// Columns that share a scale beside folded 4-bit weights: those of a norm's output, and those of
+/// an MLP's inner activations, whose outliers reach further.
 constexpr int64_t kFoldedBlockCols = 1024;
 constexpr int64_t kGatedBlockCols = 512;
 

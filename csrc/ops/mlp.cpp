@@ -23,8 +23,7 @@ FoldedActivations gated_folded(const TensorView& x, const MlpWeights& weights,
   args.x = fold(x, int8 ? int8_block_cols(gate.cols) : kFoldedBlockCols, context);
   args.rows = gate.rows;
   args.cols = gate.cols;
-  args.chunk_tokens =
-      folded_chunk_tokens(tokens, cpu::folded_cols(gate.cols) + out_block_cols * 4);
+  args.chunk_tokens = folded_chunk_tokens(tokens, cpu::folded_cols(gate.cols) + out_block_cols * 4);
   const int threads = context.pool.threads();
   const int64_t blocks = args.out.blocks(gate.rows);
   const auto chunks = [&] { return chunk_count(tokens, args.chunk_tokens); };

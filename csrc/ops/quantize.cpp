@@ -12,7 +12,8 @@
 namespace qn::ops {
 namespace {
 
-constexpr std::array kFormatNames = {"f32", "bf16", "int8", "int8_grouped", "int4_symmetric", "int4"};
+constexpr std::array kFormatNames = {"f32",          "bf16",           "int8",
+                                     "int8_grouped", "int4_symmetric", "int4"};
 constexpr std::array kSourceNames = {"F32",  "F16",  "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1",
                                      "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"};
 static_assert(kSourceNames.size() == std::size(kSourceBlocks));

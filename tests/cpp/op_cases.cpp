@@ -338,6 +338,104 @@ void add_linear(std::vector<OpCase>& cases, int64_t tokens, int64_t rows, int64_
   cases.push_back(std::move(c));
 }
 
+std::vector<char> pack_int8(const std::vector<float>& weight, int64_t rows, int64_t cols,
+                            const ExecContext& context) {
+  std::vector<char> packed(ops::weight_bytes(WeightFormat::Int8, rows, cols));
+  ops::pack_weight(packed.data(), WeightFormat::Int8, rows, cols, SourceType::F32, weight.data(),
+                   context);
+  return packed;
+}
+
+/// Whole numbers whose scales are 1, because every 64th is 127: the result is exact.
+void add_linear_int8(std::vector<OpCase>& cases, int64_t tokens, int64_t rows, int64_t cols,
+                     bool add) {
+  OpCase c;
+  c.op = "linear";
+  c.what = join_message("int8 ", tokens, "x", cols, " -> ", rows, add ? " add" : "");
+  c.policy = Policy::Exact;
+  const auto whole = [cols](int64_t lines, uint32_t seed) {
+    std::vector<float> values = random_values<float>(lines * cols, seed, 3.0f);
+    for (int64_t i = 0; i < lines * cols; ++i) {
+      float& value = values[static_cast<size_t>(i)];
+      value = i % cols % 64 == 0 ? 127.0f : std::round(value);
+    }
+    return values;
+  };
+  const auto x = whole(tokens, 1), weight = whole(rows, 2);
+  const std::vector<float> before(static_cast<size_t>(tokens * rows), 3.0f);
+  c.run = [=](const ExecContext& context) {
+    const std::vector<char> packed = pack_int8(weight, rows, cols, context);
+    Guarded<float> out(before);
+    const ops::LinearSegment segment{
+        {packed.data(), WeightFormat::Int8, rows, cols, cols}, nullptr, 0};
+    ops::linear(out.view({tokens, rows}), view_of(x, {tokens, cols}), {&segment, 1},
+                add ? ops::Epilogue::Add : ops::Epilogue::Store, false, context);
+    std::vector<float> result;
+    out.collect(result);
+    return result;
+  };
+  c.reference = [=] {
+    std::vector<double> out;
+    for (int64_t token = 0; token < tokens; ++token) {
+      for (int64_t row = 0; row < rows; ++row) {
+        double sum = add ? 3.0 : 0.0;
+        for (int64_t i = 0; i < cols; ++i) {
+          sum += double{x[token * cols + i]} * weight[row * cols + i];
+        }
+        out.push_back(sum);
+      }
+    }
+    return out;
+  };
+  cases.push_back(std::move(c));
+}
+
+void add_mlp_int8(std::vector<OpCase>& cases, int64_t tokens, int64_t hidden, int64_t inter) {
+  OpCase c;
+  c.op = "mlp";
+  c.what = join_message("int8 ", tokens, "x", hidden, " ", inter);
+  const auto x = random_values<float>(tokens * hidden, 1);
+  const auto gate = random_values<float>(inter * hidden, 2), up = gate;
+  const auto down = random_values<float>(hidden * inter, 3);
+  c.run = [=](const ExecContext& context) {
+    const auto packed_gate = pack_int8(gate, inter, hidden, context);
+    const auto packed_up = pack_int8(up, inter, hidden, context);
+    const auto packed_down = pack_int8(down, hidden, inter, context);
+    Guarded<float> out(std::vector<float>(static_cast<size_t>(tokens * hidden), 0.0f));
+    const auto view = [](const std::vector<char>& data, int64_t rows, int64_t cols) {
+      return WeightView{data.data(), WeightFormat::Int8, rows, cols, cols};
+    };
+    ops::mlp(out.view({tokens, hidden}), view_of(x, {tokens, hidden}),
+             {view(packed_gate, inter, hidden), view(packed_up, inter, hidden),
+              view(packed_down, hidden, inter)},
+             false, context);
+    std::vector<float> result;
+    out.collect(result);
+    return result;
+  };
+  c.reference = [=] {
+    const auto dot = [](const float* a, const auto* b, int64_t n) {
+      double sum = 0;
+      for (int64_t i = 0; i < n; ++i) sum += double{a[i]} * b[i];
+      return sum;
+    };
+    std::vector<double> out;
+    for (int64_t token = 0; token < tokens; ++token) {
+      std::vector<double> inner;
+      for (int64_t row = 0; row < inter; ++row) {
+        const double g = dot(&x[token * hidden], &gate[row * hidden], hidden);
+        inner.push_back(g / (1 + std::exp(-g)) *
+                        dot(&x[token * hidden], &up[row * hidden], hidden));
+      }
+      for (int64_t row = 0; row < hidden; ++row) {
+        out.push_back(dot(&down[row * inter], inner.data(), inter));
+      }
+    }
+    return out;
+  };
+  cases.push_back(std::move(c));
+}
+
 /// argmax is compared exactly, log_sum_exp as a contraction.
 void add_reductions(std::vector<OpCase>& cases, int64_t n) {
   const auto x = random_values<float>(n, 1, 5.0f);
@@ -396,6 +494,13 @@ std::vector<OpCase> op_cases() {
   add_typed_cases<float>(cases);
   add_typed_cases<bf16>(cases);
   for (int64_t n : {1, 127, 129, 1000}) add_reductions(cases, n);
+  for (int64_t tokens : {1, 2, 17, 40}) {
+    for (bool add : {false, true}) {
+      add_linear_int8(cases, tokens, 131, 67, add);
+      add_linear_int8(cases, tokens, 160, 1280, add);
+    }
+    add_mlp_int8(cases, tokens, 67, 131);
+  }
   return cases;
 }
 

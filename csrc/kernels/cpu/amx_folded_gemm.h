@@ -134,9 +134,8 @@ class PairPrefetch {
     const int64_t until = line_ + lines_ < end_ ? line_ + lines_ : end_;
     for (; line_ < until; ++line_) {
       const int64_t in_step = line_ % kLinesPerStep;
-      __builtin_prefetch(tiles_[in_step / 16] + line_ / kLinesPerStep * kStepBytes +
-                             in_step % 16 * 64,
-                         0, 2);
+      __builtin_prefetch(
+          tiles_[in_step / 16] + line_ / kLinesPerStep * kStepBytes + in_step % 16 * 64, 0, 2);
     }
   }
 

@@ -74,7 +74,7 @@ struct CpuKernels {
   void (*attention)(const AttentionArgs&, int64_t begin, int64_t end, void* scratch);  // items
   void (*attention_merge)(const AttentionArgs&, int64_t begin, int64_t end);           // items
   void (*quantize_activations)(const QuantizeActivationsArgs&, int64_t begin,
-                               int64_t end);                                // tokens
+                               int64_t end);                                        // tokens
   void (*gemm_int8_grouped)(const GemmQuantizedArgs&, int64_t begin, int64_t end);  // panels
   void (*gemm_int4)(const GemmQuantizedArgs&, int64_t begin,
                     int64_t end);  // panels, both 4-bit formats

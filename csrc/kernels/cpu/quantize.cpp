@@ -3,7 +3,8 @@
 //   x      [rows, cols] f32
 //   out    panels of Int8, Int8Grouped, Int4Symmetric or Int4, see quant_layout.h
 //   Int8: weight = row_scale * code, row_scale = max |x| / 127 of the row
-//   Int8Grouped, Int4Symmetric: weight = scale * code; the codes of a trial scale give the least-squares
+//   Int8Grouped, Int4Symmetric: weight = scale * code; the codes of a trial scale give the
+//   least-squares
 //          scale sum(x q) / sum(q q), whose rounding to binary16 is kept if it beats plain rounding
 //   Int4:  weight = scale * code - min; trial ranges, each refitted by least squares; the best
 //          scale and min are rounded to 8 bits against the row's largest, and the codes chosen anew
@@ -203,7 +204,8 @@ QN_INLINE void store_codes4(uint8_t* out, const Code& code) {
 }
 
 /// scale [16] half at `scales`, 512 bytes of codes at `codes`.
-QN_INLINE void quantize_int8_grouped(const Tile& tile, Range range, uint8_t* scales, uint8_t* codes) {
+QN_INLINE void quantize_int8_grouped(const Tile& tile, Range range, uint8_t* scales,
+                                     uint8_t* codes) {
   constexpr float kLow = -128.0f, kHigh = 127.0f;
   const Vec largest = max(range.high, Vec::zero() - range.low);
   const Vec plain = half_scale(largest * Vec(1.0f / 127.0f));

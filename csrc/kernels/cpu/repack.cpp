@@ -3,7 +3,8 @@
 //   data   rows of Q4_0, Q5_0 or Q8_0 blocks at any address
 //   out    panels of Int8Grouped (all three) or Int4Symmetric (Q4_0), see quant_layout.h
 //   levels: all; integer work on eight codes per 64-bit word, bound by memory
-//   bytes per 32 weights: Q8_0 34 read, Q5_0 22, Q4_0 18; 34 (Int8Grouped) or 18 (Int4Symmetric) written
+//   bytes per 32 weights: Q8_0 34 read, Q5_0 22, Q4_0 18; 34 (Int8Grouped) or 18 (Int4Symmetric)
+//   written
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/vec.h"
 
