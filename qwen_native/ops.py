@@ -75,10 +75,10 @@ def linear(
 
     At the level "amx", bf16 weights multiply x rounded to bf16; all other levels and f32 weights
     multiply in float32. Quantised weights multiply x rounded to int8 in groups of 32 columns, those
-    of "int8" in blocks of at most 512. Sums are float32 everywhere. A row of the result does not depend on the other rows of x or on the
-    number of threads, bit for bit. The exception are 4-bit weights at the level "amx" without
-    `invariant`: several rows of x take a faster kernel, which rounds x to int8 in blocks of 1024
-    columns and the weights to int8 with one scale per row.
+    of "int8" in blocks of at most 512. Sums are float32 everywhere. A row of the result does not
+    depend on the other rows of x or on the number of threads, bit for bit. The exception are 4-bit
+    weights at the level "amx" without `invariant`: several rows of x take a faster kernel, which
+    rounds x to int8 in blocks of 1024 columns and the weights to int8 with one scale per row.
 
     Args:
         x: [tokens, cols], f32, last axis dense.

@@ -120,7 +120,10 @@ def test_weights_are_held_exactly(method: str, options: dict[str, Any], tmp_path
         source = tensors[name]
         assert source.dtype == ("Q4_0" if symmetric else "Q8_0")
         packed = ops.pack_weight(
-            source.data, source.dtype, source.shape, "int4_symmetric" if symmetric else "int8_grouped"
+            source.data,
+            source.dtype,
+            source.shape,
+            "int4_symmetric" if symmetric else "int8_grouped",
         )
         np.testing.assert_array_equal(ops.unpack_weight(packed), folder.dense[name].numpy())
 

@@ -18,7 +18,9 @@ def test_round_trip(fmt, shape):
     back = unpack(fmt, data, *shape)
     for name in ("codes", "scale", "min", "row_scale", "row_min", "fold_scale"):
         assert np.array_equal(getattr(back, name), getattr(parts, name)), name
-    step = {"int8": 1 / 127, "int8_grouped": 1 / 127, "int4_symmetric": 1 / 7, "int4": 2 / 15}[fmt] * np.abs(weight).max()
+    step = {"int8": 1 / 127, "int8_grouped": 1 / 127, "int4_symmetric": 1 / 7, "int4": 2 / 15}[
+        fmt
+    ] * np.abs(weight).max()
     assert np.abs(decode(fmt, encode(fmt, weight), *shape) - weight).max() <= 0.75 * step
 
 

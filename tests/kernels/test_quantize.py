@@ -15,7 +15,12 @@ from guarded import at_page_end
 from qwen_native import ops
 
 FORMATS = quant_reference.FORMATS
-EXACT = [("Q8_0", "int8_grouped"), ("Q5_0", "int8_grouped"), ("Q4_0", "int8_grouped"), ("Q4_0", "int4_symmetric")]
+EXACT = [
+    ("Q8_0", "int8_grouped"),
+    ("Q5_0", "int8_grouped"),
+    ("Q4_0", "int8_grouped"),
+    ("Q4_0", "int4_symmetric"),
+]
 ODD_SHAPES = [(1, 1), (1, 31), (31, 33), (33, 48), (32, 32), (65, 100), (48, 257)]
 
 
@@ -243,7 +248,12 @@ def test_infinite_and_nan_weights_are_named(isa, fmt, value, at):
 
 @pytest.mark.parametrize(
     ("fmt", "largest"),
-    [("int8", 2.0**60), ("int8_grouped", 127 * 65504.0), ("int4_symmetric", 7 * 65504.0), ("int4", 2.0**60)],
+    [
+        ("int8", 2.0**60),
+        ("int8_grouped", 127 * 65504.0),
+        ("int4_symmetric", 7 * 65504.0),
+        ("int4", 2.0**60),
+    ],
 )
 def test_largest_weight(isa, fmt, largest):
     weight = np.zeros((2, 33), np.float32)
