@@ -117,8 +117,8 @@ class Weights {
 const char* format_name(WeightFormat format);
 
 /// The format that keeps the precision of `source` ("auto"): floats stay, Q8_0 and Q4_0 are held
-/// exactly, every other block type goes to 8 bits, which loses nothing measurable. F16 becomes F32,
-/// the only format that holds it exactly.
+/// exactly, every other block type goes to 8 bits in groups, which loses nothing measurable. F16
+/// becomes F32, the only format that holds it exactly.
 WeightFormat native_format(SourceType source);
 
 }  // namespace qn::model
