@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -388,6 +389,18 @@ def set_up(config: RlConfig, *, resume: bool) -> Setup:
     Raises:
         ValueError: the run's folder is in use, or the models do not fit together.
     """
+    if "WORLD_SIZE" in os.environ:
+        raise ValueError("reinforcement learning runs on one process, but torchrun started it")
+    if config.run.eval_every:
+        raise ValueError(
+            f"run.eval_every is {config.run.eval_every}, but there are no validation data here: "
+            "every step reports its reward"
+        )
+    if config.model.dropout:
+        raise ValueError(
+            f"model.dropout is {config.model.dropout}, expected 0: with dropout the trainer's "
+            "log-probabilities would not be the engine's"
+        )
     folder = Path(config.run.folder)
     if not resume and checkpoints(folder):
         raise ValueError(f"{folder}: has checkpoints; give --resume or another run.folder")

@@ -18,6 +18,7 @@ from qwen_native.nn import Qwen
 from qwen_native.tensor_names import HF_QWEN, HF_QWEN2, expected_shapes
 from qwen_native.tensor_source import TensorSource
 from qwen_native.train.lora import merged_tensors
+from qwen_native.train.metrics import available_memory
 
 _TYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 _WEIGHTS = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -84,7 +85,8 @@ class NativePolicy:
             context: most tokens of a prompt and its response together.
             weights: "f32", "bf16", "int8" or "int4"; None = the model's own type. With "f32" the KV
                 cache is float32, too, and log-probabilities equal those of the float32 model.
-            cache_tokens: room of the KV cache, which bounds how many responses grow at once.
+            cache_tokens: room of the KV cache, which bounds how many responses grow at once; never
+                more than half of the free memory takes, unless one response needs it.
             threads: default: the CPUs that this process may use.
 
         Raises:
@@ -101,12 +103,16 @@ class NativePolicy:
         builder = _C.ModelBuilder(config, weights, True, threads)
         for tensor in _canonical(model):
             builder.add(tensor.name, tensor.dtype, list(tensor.shape), tensor.data, _keep)
+        kv_dtype = "f32" if weights == "f32" else "bf16"
+        shape = model.config
+        width = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
+        affordable = available_memory() // 2 // (width * (4 if kv_dtype == "f32" else 2))
         self._engine = _C.Engine(
             builder.finish(),
             threads=threads,
             context=context,
-            cache_tokens=cache_tokens or 16 * context,
-            kv_dtype="f32" if weights == "f32" else "bf16",
+            cache_tokens=max(context, min(cache_tokens or 16 * context, affordable)),
+            kv_dtype=kv_dtype,
         )
 
     def sample(

@@ -121,6 +121,10 @@ def test_mistakes_are_named(place, tmp_path):
         train(place, "grpo", "sums", "bad", "reward.verifier=nothing.py:f")
     with pytest.raises(ValueError, match="reward is missing"):
         train(place, "grpo", "sums", "bad")
+    with pytest.raises(ValueError, match="run.eval_every is 3, but there are no validation data"):
+        train(place, "grpo", "sums", "bad", "reward.verifier=number", "run.eval_every=3")
+    with pytest.raises(ValueError, match="model.dropout is 0.1, expected 0"):
+        train(place, "grpo", "sums", "bad", "reward.verifier=number", "model.dropout=0.1")
     with pytest.raises(ValueError, match="lora.embeddings is train, but the reference has the sa"):
         train(place, "dpo", "pairs", "bad", *LORA, "lora.embeddings=train")
     with pytest.raises(ValueError, match="quantize is 'int3', expected one of int4, int8"):
