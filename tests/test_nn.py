@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,15 @@ KINDS = [
 
 TABLE_ERROR = 2e-5
 """Float32 angles of position 150 may differ by 150 ulp(1) / 2 = 9e-6 between two correct tables."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Fastest for models as small as these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def flat(*documents: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -155,8 +155,7 @@ class Trainer:
 
         A process whose share is smaller has to take part in the exchange of gradients all the same.
         """
-        empty = not samples
-        if empty:
+        if not samples:
             token = torch.zeros(1, dtype=torch.int64).numpy()
             samples = [Sample(token, token - 100, (1,))]
         batch = Batch.of(samples).to(self.world.device)
@@ -173,9 +172,8 @@ class Trainer:
             return
         self.model.eval()
         loss = torch.zeros((), dtype=torch.float64)
-        for group in micro_batches(samples, self.micro_batch_tokens, self.world.size)[
-            self.world.rank
-        ]:
+        shares = micro_batches(samples, self.micro_batch_tokens, self.world.size)
+        for group in shares[self.world.rank]:
             loss += self.loss_sum(group).double().cpu()
         self.model.train()
         counted = sum(sample.counted for sample in samples)
