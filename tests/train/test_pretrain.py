@@ -49,7 +49,7 @@ def entropies(text: bytes) -> tuple[float, float]:
     return unigram, bigram
 
 
-def test_learns_real_text_beyond_its_bigrams(tmp_path):
+def test_learns_real_text_beyond_its_bigrams(tmp_path, capfd):
     """Sources of the standard library: trained on some, measured on others.
 
     The entropies are those of the held-out text itself, which flatters them.
@@ -57,7 +57,8 @@ def test_learns_real_text_beyond_its_bigrams(tmp_path):
     files = sorted(STDLIB.glob("encodings/cp*.py"))
     held_out = files[::10]
     path = recipe(tmp_path, [file for file in files if file not in held_out], steps=170)
-    shown = run_command("pretrain", str(path), f"data.validation_files={held_out[0]}")
+    assert main(["pretrain", str(path), f"data.validation_files={held_out[0]}"]) == 0
+    shown = capfd.readouterr().err
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     unigram, bigram = entropies(held_out[0].read_bytes())
     loss = next(line["validation_loss"] for line in lines if "validation_loss" in line)
@@ -84,8 +85,7 @@ def small(tmp_path: Path, name: str) -> list[str]:
 
 
 def test_kill_9_and_resume_give_the_uninterrupted_losses(tmp_path):
-    straight = small(tmp_path, "a")
-    run_command(*straight)
+    assert main(small(tmp_path, "a")) == 0
     killed = small(tmp_path, "b")
     process = subprocess.Popen(command(*killed), env=environment(), stderr=subprocess.DEVNULL)
     metrics = tmp_path / "b" / "run" / "metrics.jsonl"
@@ -101,7 +101,7 @@ def test_kill_9_and_resume_give_the_uninterrupted_losses(tmp_path):
     assert len(read_metrics(metrics)) < 12, "it was finished before it could be killed"
     with metrics.open("a") as file:
         file.write('{"step": 99, "los')  # a line that the kill cut off
-    run_command(*killed, "--resume")
+    assert main([*killed, "--resume"]) == 0
     assert losses(tmp_path / "b" / "run") == losses(tmp_path / "a" / "run")
     for name in ("model.safetensors", "config.json"):
         one, other = (tmp_path / run / "run" / "model" / name for run in "ab")
@@ -113,9 +113,9 @@ def test_kill_9_and_resume_give_the_uninterrupted_losses(tmp_path):
 )
 def test_several_processes_follow_one(tmp_path, processes):
     """Sums in another order differ in float32 roundings, which Adam amplifies at first."""
-    run_command(*small(tmp_path, "one"))
+    assert main(small(tmp_path, "one")) == 0
     many = small(tmp_path, "many")
-    run_command(*many, "run.steps=12", processes=processes)
+    run_command(*many, processes=processes)
     one, other = losses(tmp_path / "one" / "run"), losses(tmp_path / "many" / "run")
     np.testing.assert_allclose(other, one, rtol=1e-3)
     assert one[-1] < one[0] - 0.5
@@ -126,7 +126,7 @@ def test_several_processes_follow_one(tmp_path, processes):
     last = tmp_path / "many" / "run" / "checkpoints" / "step-00000012"
     last.rename(last.with_name(".lost"))
     (tmp_path / "many" / "run" / "model").rename(tmp_path / "model")
-    run_command(*many, "--resume")
+    assert main([*many, "--resume"]) == 0
     np.testing.assert_allclose(losses(tmp_path / "many" / "run"), one, rtol=1e-3)
 
 
