@@ -327,7 +327,15 @@ def minibatches(
     Yields:
         For each minibatch its groups: the samples, and [tokens] int64, where their tokens lie in
         the flat tensors.
+
+    Raises:
+        ValueError: there are more minibatches than responses.
     """
+    if count > len(experience.samples):
+        raise ValueError(
+            f"minibatches is {count}, expected at most the {len(experience.samples)} answers of a "
+            "step"
+        )
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(experience.samples), generator=generator).tolist()
     bounds = experience.boundaries

@@ -123,6 +123,9 @@ def test_mistakes_are_named(place, tmp_path):
         train(place, "grpo", "sums", "bad")
     with pytest.raises(ValueError, match="run.eval_every is 3, but there are no validation data"):
         train(place, "grpo", "sums", "bad", "reward.verifier=number", "run.eval_every=3")
+    with pytest.raises(ValueError, match="minibatches is 5, expected at most the 4 answers"):
+        options = ["grpo.minibatches=5", "rollout.max_new_tokens=2", "rollout.n=2"]
+        train(place, "grpo", "sums", "worse", "reward.verifier=number", *options)
     with pytest.raises(ValueError, match="model.dropout is 0.1, expected 0"):
         train(place, "grpo", "sums", "bad", "reward.verifier=number", "model.dropout=0.1")
     with pytest.raises(ValueError, match="lora.embeddings is train, but the reference has the sa"):
