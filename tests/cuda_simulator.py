@@ -29,7 +29,10 @@ CASES = ROOT / "tests/cuda"
 
 def missing_build_tool() -> str | None:
     """The first tool that building the simulator needs and this machine lacks."""
-    return next((t for t in ("cmake", "ninja", "g++", "addr2line") if not shutil.which(t)), None)
+    return next(
+        (t for t in ("cmake", "ninja", "g++", "addr2line", "nm", "c++filt") if not shutil.which(t)),
+        None,
+    )
 
 
 @cache

@@ -452,6 +452,13 @@ KERNEL(ldmatrix_of_global, 1, 32) {
 
 // ---- the rest
 
+// Blocks run one after another, so that the first one waits for ever.
+KERNEL(spin_on_another_block, 2, 1) {
+  atomicExch(data + 1 - blockIdx.x, 1);
+  while (atomicAdd(data + blockIdx.x, 0) == 0) {  // expect: endless-loop
+  }
+}
+
 static volatile int a_static_variable;
 KERNEL(static_variable, 1, 1) {
   a_static_variable = data[0];  // expect: write-to-static-variable

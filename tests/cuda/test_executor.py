@@ -75,6 +75,7 @@ def test_every_error_has_a_legal_counterpart():
         "deadlock",
         "divergent-barrier",
         "divergent-warp",
+        "endless-loop",
         "global-out-of-bounds",
         "global-race",
         "global-race-between-blocks",
@@ -102,8 +103,9 @@ def test_report_names_block_and_thread(cases: Simulator):
 
 
 def test_a_launch_that_was_given_up_leaves_nothing_behind(cases: Simulator):
-    assert run(cases, "barrier_not_reached")
-    assert run(cases, "shared_race_legal") == []
+    for broken in ("barrier_not_reached", "copy_out_of_bounds", "spin_on_another_block"):
+        assert run(cases, broken)
+        assert run(cases, "shared_race_legal") == []
 
 
 def test_unchecked_runs_report_nothing_of_memory(cases: Simulator):

@@ -27,6 +27,10 @@ void access(const void* pointer, size_t bytes, Access kind, const void* pc) {
       machine.launch->closure_bytes) {
     return;
   }
+  if (++machine.accesses > kEndless) {
+    report("endless-loop", pc, "%u accesses of memory without waiting for anybody", kEndless);
+    give_up();
+  }
   const bool shared = is_shared(pointer);
   const size_t offset = shared_offset(pointer);
   if (machine.check) {

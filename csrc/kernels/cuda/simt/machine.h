@@ -13,6 +13,8 @@ constexpr int kMaxThreads = 1024;
 constexpr int kMaxWarps = kMaxThreads / 32;
 constexpr size_t kMaxShared = 232448;  // 227 KiB, an H100's
 constexpr int kBarriers = 16;
+// A thread that touches memory so often without waiting for others waits for what never comes.
+constexpr unsigned kEndless = 1u << 22;
 
 struct Config {
   bool check = true;  // bounds, alignment, races, initialisation
@@ -71,6 +73,7 @@ struct Machine {
   unsigned block;          // linear index of the running block
   unsigned launch_number;  // of this process, from 1
   unsigned barrier_epoch;  // barriers passed by the running block
+  unsigned accesses;       // of memory, since a thread last had to wait
   // Vector clocks: warp w has seen everything that warp v did until its clock seen[w][v].
   uint32_t clock[kMaxWarps];
   uint32_t seen[kMaxWarps][kMaxWarps];

@@ -88,6 +88,7 @@ void make_ready(int thread) {
 void switch_away() {
   Fiber& me = running();
   ++machine.counters.switches;
+  machine.accesses = 0;
   if (ready.empty()) {
     current = nullptr;
     qn_simt_switch(&me.stack_pointer, main_stack_pointer);
@@ -203,6 +204,7 @@ void start_threads(const Index3& block_idx, std::minstd_rand* random) {
   memset(machine.seen, 0, sizeof machine.seen);
   std::fill(std::begin(machine.clock), std::end(machine.clock), 1u);
   machine.barrier_epoch = 0;
+  machine.accesses = 0;
   for (int i = 0; i < machine.num_threads; ++i) {
     Fiber& fiber = machine.fibers[i];
     const unsigned linear = static_cast<unsigned>(i);
