@@ -110,3 +110,10 @@ def test_unknown_option_value_is_an_error(tmp_path: Path):
     result = configure(tmp_path, "-DQN_CUDA=MAYBE")
     assert result.returncode != 0
     assert "QN_CUDA is 'MAYBE', expected AUTO, ON or OFF" in words(result.stderr)
+
+
+def test_simulator_is_built_on_request(tmp_path: Path):
+    result = configure(tmp_path, "-DQN_CUDA_SIM=ON", "-DCMAKE_CXX_COMPILER=g++")
+    assert result.returncode == 0, result.stderr
+    targets = (tmp_path / "build.ninja").read_text()
+    assert "libqn_cuda_sim.so" in targets and "libqn_cuda_sim_fast.so" in targets
