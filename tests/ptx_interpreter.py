@@ -474,7 +474,7 @@ class Compiler:
     def reader(self, operand: str, kind: np.dtype) -> Reader:
         size = kind.itemsize
         if re.match(r"-?\d", operand):
-            if operand.startswith(("0f", "0F")):
+            if operand.startswith(("0f", "0F", "0d", "0D")):  # the bits of a float or double
                 return self._constant(int(operand[2:], 16), kind)
             return self._constant(int(operand.rstrip("U"), 0), kind)
         if operand.startswith("%") and operand in SPECIAL_REGISTERS:

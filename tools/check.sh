@@ -75,6 +75,13 @@ heading "rules"
 section "layers" python tools/check_layers.py
 section "op names" python tools/check_ops.py
 
+heading "CUDA kernels, compiled for sm_80 and sm_90"
+if command -v "${CUDACXX:-nvcc}" >/dev/null; then
+  section "registers, spills, instructions" python tools/cuda_gate.py
+else
+  echo "left out: no nvcc on this machine"
+fi
+
 heading "gcc, Release, warnings are errors"
 section "build release" build release
 section "ISA objects" python tools/check_isa_objects.py build/check/release

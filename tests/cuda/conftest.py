@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import cuda_simulator
 import pytest
-from cuda_simulator import Simulator
+from cuda_simulator import ROOT, Launch, Simulator
+from tools_module import load_tool
 
 
 def _library(target: str) -> Simulator:
@@ -30,6 +32,21 @@ def fast_cases_library() -> Simulator:
     return _library("qn_simt_cases_fast")
 
 
+def figures() -> dict[str, dict[str, int]]:
+    """What tools/cuda_gate.py takes for granted of every kernel's launches."""
+    kernels: dict[str, dict[str, int]] = json.loads((ROOT / "tools/cuda_gate.json").read_text())[
+        "kernels"
+    ]
+    return kernels
+
+
+def _check_launch(launch: Launch, figures: dict[str, dict[str, int]]) -> None:
+    name = load_tool("cuda_gate").short_name(launch.kernel)
+    threads, shared = launch.block[0], launch.shared_bytes
+    declared = figures[name]["threads"], figures[name]["shared"]
+    assert (threads, shared) == declared, f"{name}: tools/cuda_gate.json says {declared}"
+
+
 def _clean(simulator: Simulator) -> Iterator[Simulator]:
     simulator.reset()
     try:
@@ -41,9 +58,14 @@ def _clean(simulator: Simulator) -> Iterator[Simulator]:
 
 
 @pytest.fixture
-def sim(checked_library: Simulator) -> Iterator[Simulator]:
+def sim(checked_library: Simulator, figures: dict[str, dict[str, int]]) -> Iterator[Simulator]:
     """The kernels under the SIMT executor; every report that a test leaves behind fails it."""
-    yield from _clean(checked_library)
+    for simulator in _clean(checked_library):
+        simulator.record_launches()
+        yield simulator
+        launches = simulator.recorded_launches()
+    for launch in launches:
+        _check_launch(launch, figures)
 
 
 @pytest.fixture

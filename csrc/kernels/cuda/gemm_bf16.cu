@@ -1,0 +1,51 @@
+// GEMM with dense bf16 weights (gemm.cuh has the tile and the pipeline).
+//
+//   W        128 rows x 64 columns per stage as they lie in memory, swizzled like x; B registers
+//            by ldmatrix, two n-tiles at a time
+//   bytes    a block reads (128 + Tokens) * 2 per column, 2 * 128 * Tokens operations
+//   ldmatrix 6 per 16 mma (64 and 128 tokens): 24 shared-memory cycles, 32 tensor-core cycles
+//   roofline 128 tokens: 32 multiplications per byte from L2, which at A100's 156 T per second is
+//            4.9 TB/s, about what its L2 gives: 80 to 90 % of the peak at best. H100's tensor
+//            cores need wgmma for theirs; mma.sync can reach about 60 %. Up to about 100 tokens
+//            bound by the bandwidth of global memory, which the weights cross once
+#include "kernels/cuda/gemm.cuh"
+
+namespace qn::cuda {
+namespace {
+
+struct DenseWeight {
+  static constexpr bool kGrouped = false;
+  struct Tile {
+    bf16 w[kRows][kCols];
+  };
+  struct Scales {};
+  struct Registers {};
+
+  template <int Threads>
+  QN_DEV static void fetch(Tile& tile, const GemmArgs& args, int64_t row, int col) {
+    copy_rows<kRows, Threads>(tile.w, static_cast<const bf16*>(args.weight), args.weight_stride,
+                              row, args.rows, col * kCols, args.cols);
+  }
+
+  QN_DEV static void read(Registers&, const Tile&, int, int) {}
+
+  QN_DEV static void fragments(uint32_t (&b)[kRowTiles][2], const Tile& tile, int warp_row,
+                               int lane, int step) {
+#pragma unroll
+    for (int j = 0; j < kRowTiles; j += 2) {
+      const int row = warp_row + j * 8 + lane % 8 + lane / 16 * 8;
+      uint32_t r[4];
+      ldmatrix_x4(r, &tile.w[row][swizzle(row, step * 2 + lane / 8 % 2) * 8]);
+      b[j][0] = r[0], b[j][1] = r[1], b[j + 1][0] = r[2], b[j + 1][1] = r[3];
+    }
+  }
+};
+
+}  // namespace
+}  // namespace qn::cuda
+
+extern "C" int qn_cuda_gemm_bf16(const qn::cuda::GemmArgs* args, const qn::cuda::DeviceInfo* device,
+                                 void* stream) {
+  return qn::cuda::run_gemm<qn::cuda::DenseWeight>("gemm_bf16", *args, *device,
+                                                   static_cast<cudaStream_t>(stream));
+}

@@ -1,0 +1,151 @@
+// The launchers of the CUDA kernels. Each checks nothing (ops do), queues its kernels on `stream`
+// and returns 0 or the error of the launch. C names, so that the simulator's library can be called
+// from Python. Activations are bf16 unless an args struct has a dtype; strides count elements.
+#pragma once
+#include "kernels/args.h"
+
+namespace qn::cuda {
+
+/// Picks launch shapes; filled from the device's properties, or by a test.
+struct DeviceInfo {
+  int32_t multiprocessors;
+};
+
+/// Rows of an embedding table: out[t] = table[ids[t]].
+struct EmbedArgs {
+  void* out;           // [tokens, cols] bf16
+  const int32_t* ids;  // [tokens], each in [0, rows)
+  const void* table;   // [rows, cols] bf16 dense rows, or packed (gemm_layout.h)
+  const void* scales;  // of a packed table
+  const void* zeros;   // of a packed table, or null
+  int64_t tokens, rows, cols;
+  int64_t out_stride;
+  int32_t group_size;  // of a packed table
+  int32_t bits;        // 16, 8 or 4
+};
+
+/// One layer's share of the paged KV cache. Page p starts at base + p * page_stride; in it kv head
+/// h starts at h * kv_head_bytes and holds, one after the other,
+///   keys [page_tokens][head_dim], values [page_tokens][head_dim]         bf16, or int8 and then
+///   key scales [page_tokens], value scales [page_tokens]                 f32, with int8 only
+/// An int8 row is code * its scale.
+struct KvPages {
+  void* base;
+  int64_t page_stride;  // bytes, a multiple of 16
+  int32_t page_shift;   // page_tokens = 1 << page_shift, 4 .. 10
+  int32_t num_kv_heads;
+  int32_t head_dim;  // 64, 80, 96 or 128
+  int32_t bits;      // 16 (bf16) or 8
+};
+
+/// q = rope(norm(qkv + bias)) * query_scale for the query heads; keys likewise, without
+/// query_scale, and values (bias only) into the cache. norm is the RMS norm over a head of QK-norm.
+struct RopeKvArgs {
+  void* q;                      // [tokens, num_heads, head_dim] bf16; may be qkv
+  const void* qkv;              // [tokens, num_heads + 2 num_kv_heads, head_dim] bf16
+  const void* bias;             // [num_heads + 2 num_kv_heads, head_dim] bf16, or null
+  const void *q_norm, *k_norm;  // [head_dim] bf16, or both null
+  const float *cos, *sin;       // [positions, head_dim / 2]
+  const int32_t* positions;     // [tokens], row of cos and sin
+  const float* query_scale;     // [tokens] (LogN), or null
+  const int32_t* slots;         // [tokens], page * page_tokens + slot; negative: not written
+  int64_t tokens;
+  int64_t q_stride, qkv_stride;  // elements between tokens, multiples of 8
+  int32_t num_heads;
+  float eps;
+  KvPages kv;
+};
+
+/// Causal softmax(scale * q k^T) v over the cache. Sequence s has the rows query_begin[s] ..
+/// query_begin[s + 1] - 1 of q and out, the last of them at position kv_len[s] - 1; a row sees the
+/// keys up to its own position, the newest `window` of them if window > 0. Unused slots of a page
+/// are never read. int8 pages: head_dim 64 or 128.
+struct PagedAttentionArgs {
+  void* out;                     // [tokens, num_heads, head_dim] bf16
+  const void* q;                 // [tokens, num_heads, head_dim] bf16
+  const int32_t* page_table;     // [sequences, page_table_stride] page numbers
+  const int32_t* query_begin;    // [sequences + 1]; prefill only: decode has one row per sequence
+  const int32_t* kv_len;         // [sequences], this step's tokens included
+  float* workspace;              // decode: qn_cuda_attention_decode_workspace bytes
+  int64_t q_stride, out_stride;  // elements between tokens, multiples of 8
+  int32_t sequences, page_table_stride;
+  int32_t max_query_len, max_kv_len;  // at least the largest of the batch
+  int32_t num_heads;
+  int32_t window;
+  float scale;
+  KvPages kv;
+};
+
+/// Draws one token per row, in the order of csrc/runtime/sampler.h: temperature, top_k, top_p,
+/// min_p, with the same counter-based generator. Weights are multiples of 2^-31 of the largest.
+struct SampleArgs {
+  int32_t* token;       // [rows]; -1 when the logits have NaN or +inf, or nothing but -inf
+  float* logprob;       // [rows] log of the probability that the draw gave to its token, or null
+  const float* logits;  // [rows, vocab]
+  const float* temperature;  // [rows], 0 = greedy: the lowest id of the largest logits
+  const float* top_p;        // [rows], 1 = off
+  const float* min_p;        // [rows], 0 = off
+  const int32_t* top_k;      // [rows], 0 = off; keeps all that equal the k-th
+  const uint64_t* seed;      // [rows]
+  const uint64_t* index;     // [rows] of the token in its sequence's output
+  int64_t rows, vocab;       // vocab at most 2^18
+  int64_t stride;            // elements between rows
+};
+
+/// out = x W^T (+ bias) (+ residual). Rows of x, and of a dense weight, are 16-byte aligned; cols
+/// is a multiple of 8.
+struct GemmArgs {
+  void* out;             // [tokens, rows] of out_dtype
+  const void* x;         // [tokens, cols] bf16
+  const void* weight;    // [rows, cols] bf16, or packed (gemm_layout.h)
+  const void* scales;    // of a packed weight
+  const void* zeros;     // of a packed 4-bit weight, or null
+  const void* bias;      // [rows] bf16, or null
+  const void* residual;  // [tokens, rows] bf16, or null; may be out
+  float* workspace;      // qn_cuda_gemm_workspace bytes, 16-byte aligned
+  int64_t tokens, rows, cols;
+  int64_t out_stride, x_stride, weight_stride, residual_stride;  // elements between rows
+  int32_t group_size;  // columns that share a scale: 32 times a power of two, or at least cols
+  DType out_dtype;     // F32 | BF16
+  bool invariant;      // no split along cols: a token's result then never depends on `tokens`
+};
+
+/// How a GEMM is launched. Work is counted in units of one tile x 64 columns, ordered by tile, and
+/// each of the thread blocks takes an equal run of units ("stream-K"); a tile that several blocks
+/// share is summed, in their order, by a second kernel. No atomics: a
+/// result is reproducible.
+struct GemmPlan {
+  int32_t tile_tokens;  // 16, 64 or 128
+  int32_t token_tiles, row_tiles, col_tiles;
+  int32_t blocks;
+  int32_t groups;       // of columns, of a packed weight
+  int32_t scale_shift;  // a group has 2^scale_shift stages of 64 columns
+  bool split;           // some tile is shared
+};
+
+}  // namespace qn::cuda
+
+#pragma GCC visibility push(default)
+extern "C" {
+int qn_cuda_rope(const qn::cuda::RopeKvArgs* args, void* stream);
+int qn_cuda_attention_prefill(const qn::cuda::PagedAttentionArgs* args, void* stream);
+int qn_cuda_attention_decode(const qn::cuda::PagedAttentionArgs* args, void* stream);
+int64_t qn_cuda_attention_decode_workspace(const qn::cuda::PagedAttentionArgs* args);
+int qn_cuda_rms_norm(const qn::RmsNormArgs* args, int64_t rows, void* stream);
+int qn_cuda_sampling(const qn::cuda::SampleArgs* args, void* stream);
+int qn_cuda_softmax_xent(const qn::SoftmaxXentArgs* args, int64_t rows, void* stream);
+int qn_cuda_swiglu(const qn::SwigluArgs* args, int64_t tokens, void* stream);
+int qn_cuda_gemm_bf16(const qn::cuda::GemmArgs* args, const qn::cuda::DeviceInfo* device,
+                      void* stream);
+int qn_cuda_gemm_int8(const qn::cuda::GemmArgs* args, const qn::cuda::DeviceInfo* device,
+                      void* stream);
+int qn_cuda_gemm_int4(const qn::cuda::GemmArgs* args, const qn::cuda::DeviceInfo* device,
+                      void* stream);
+/// Fills plan for any of the three.
+void qn_cuda_gemm_plan(const qn::cuda::GemmArgs* args, const qn::cuda::DeviceInfo* device,
+                       qn::cuda::GemmPlan* plan);
+/// Bytes of GemmArgs::workspace that a plan needs, 0 without a split.
+int64_t qn_cuda_gemm_workspace(const qn::cuda::GemmPlan* plan);
+int qn_cuda_gather(const qn::cuda::EmbedArgs* args, void* stream);
+}
+#pragma GCC visibility pop
