@@ -23,6 +23,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,14 +141,13 @@ def compile_kernels(source: Path, arch: str) -> dict[str, Kernel]:
         return {name: Kernel(**values) for name, values in json.loads(kept.read_text()).items()}
     BUILD.mkdir(parents=True, exist_ok=True)
     for old in BUILD.glob(f"{source.stem}.{arch}.*"):
-        old.unlink()
-    cubin = kept.with_suffix(".cubin")
-    kernels = parse_report(
-        run(str(nvcc()), *FLAGS, f"-arch={arch}", "-cubin", str(source), "-o", str(cubin))
-    )
-    for mangled, counts in parse_disassembly(run(str(cuobjdump()), "-sass", str(cubin))).items():
-        kernels[mangled].instructions = counts
-    cubin.unlink()
+        old.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = f"{folder}/kernels.cubin"
+        report = run(str(nvcc()), *FLAGS, f"-arch={arch}", "-cubin", str(source), "-o", cubin)
+        kernels = parse_report(report)
+        for mangled, counts in parse_disassembly(run(str(cuobjdump()), "-sass", cubin)).items():
+            kernels[mangled].instructions = counts
     demangled = run("c++filt", *kernels).splitlines() if kernels else []
     named = dict(zip(map(short_name, demangled), kernels.values(), strict=True))
     kept.write_text(json.dumps({name: vars(kernel) for name, kernel in named.items()}))

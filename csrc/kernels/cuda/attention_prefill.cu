@@ -34,7 +34,7 @@ union alignas(128) Shared {
 };
 
 template <class Cache>
-__global__ __launch_bounds__(kThreads) void attention_prefill_kernel(PagedAttentionArgs args) {
+__global__ __launch_bounds__(kThreads, 2) void attention_prefill_kernel(PagedAttentionArgs args) {
   constexpr int kHeadDim = Cache::HeadDim, kChunks = kHeadDim / 8;
   Shared<Cache>& shared = shared_as<Shared<Cache>>();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
