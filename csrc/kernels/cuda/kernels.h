@@ -92,8 +92,8 @@ struct SampleArgs {
   int64_t stride;            // elements between rows
 };
 
-/// out = x W^T (+ bias) (+ residual). Rows of x, and of a dense weight, are 16-byte aligned; cols
-/// is a multiple of 8.
+/// out = x W^T (+ bias) (+ residual). All pointers are 16-byte aligned, and so are the rows of x
+/// and of a dense weight; cols is a multiple of 8.
 struct GemmArgs {
   void* out;             // [tokens, rows] of out_dtype
   const void* x;         // [tokens, cols] bf16

@@ -111,11 +111,12 @@ __global__ __launch_bounds__(kThreads) void softmax_xent_kernel(SoftmaxXentArgs 
   }
   if (args.grad == nullptr) return;
 
-  const float factor = args.grad[row] * args.scale, inverse = 1.0f / all.sum;
-  // Where 1 - probability cancels, the probability gets a proper division.
+  const float grad = args.grad[row], share = -grad * args.scale / all.sum;
+  // 1 - probability may cancel, and is the row's largest: one rounding, from double.
+  const float at_target = static_cast<float>(
+      (1.0 - static_cast<double>(exponential(chosen - all.max)) / all.sum) * grad * args.scale);
   const auto gradient = [&](float logit, int64_t id) {
-    const float e = exponential(logit - all.max);
-    return id == target ? (1.0f - e / all.sum) * factor : -e * inverse * factor;
+    return id == target ? at_target : exponential(logit - all.max) * share;
   };
   for (int64_t i = threadIdx.x * kSize; i < whole; i += kThreads * kSize) {
     float v[kSize];
