@@ -10,6 +10,8 @@ import pytest
 from cuda_simulator import ROOT, Launch, Simulator
 from tools_module import load_tool
 
+short_name = load_tool("cuda_gate").short_name
+
 
 def _library(target: str) -> Simulator:
     if tool := cuda_simulator.missing_build_tool():
@@ -32,6 +34,7 @@ def fast_cases_library() -> Simulator:
     return _library("qn_simt_cases_fast")
 
 
+@pytest.fixture(scope="session")
 def figures() -> dict[str, dict[str, int]]:
     """What tools/cuda_gate.py takes for granted of every kernel's launches."""
     kernels: dict[str, dict[str, int]] = json.loads((ROOT / "tools/cuda_gate.json").read_text())[
@@ -41,7 +44,7 @@ def figures() -> dict[str, dict[str, int]]:
 
 
 def _check_launch(launch: Launch, figures: dict[str, dict[str, int]]) -> None:
-    name = load_tool("cuda_gate").short_name(launch.kernel)
+    name = short_name(launch.kernel)
     threads, shared = launch.block[0], launch.shared_bytes
     declared = figures[name]["threads"], figures[name]["shared"]
     assert (threads, shared) == declared, f"{name}: tools/cuda_gate.json says {declared}"
