@@ -15,7 +15,7 @@ constexpr int64_t kFoldedChunkBytes = 1400 << 10;
 constexpr int64_t kInt8BlockCols = 512;
 
 /// From this many tokens on, tiles are faster than VNNI with Int8 weights.
-constexpr int64_t kInt8TileTokens = 3;
+constexpr int64_t kInt8TileTokens = 6;
 
 }  // namespace
 
