@@ -14,7 +14,7 @@ import numpy as np  # noqa: E402
 import quant_reference  # noqa: E402
 import torch  # noqa: E402
 from gguf_blocks import block, decoded, random_tensor  # noqa: E402
-from gradients import assert_gradients  # noqa: E402
+from gradients import assert_gradients, gradients  # noqa: E402
 from harness import Case, Run  # noqa: E402
 from tolerance import assert_contraction, assert_pointwise  # noqa: E402
 
@@ -389,6 +389,118 @@ def softmax_xent_cases() -> Iterator[Case]:
         yield Case("softmax_xent", f"{rows}x{vocab} {_name(dtype)}", lambda d=dtype: make(d), size)
 
 
+def packed_attention_cases() -> Iterator[Case]:
+    """One layer of Qwen2.5-0.5B on one document, forward and backward."""
+    heads, kv_heads, head_dim = 14, 2, 64
+
+    def make(tokens: int, dtype: torch.dtype, backward: bool) -> Run:
+        q, dout = torch.randn(2, tokens, heads, head_dim).to(dtype)
+        k, v = torch.randn(2, tokens, kv_heads, head_dim).to(dtype)
+        ends, scale = torch.tensor([0, tokens], dtype=torch.int32), head_dim**-0.5
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+
+        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            heads_first = [x.transpose(0, 1)[None] for x in (q, k, v)]
+            return torch.nn.functional.scaled_dot_product_attention(
+                *heads_first, is_causal=True, enable_gqa=True
+            )[0].transpose(0, 1)
+
+        def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return reference.attention(q, k, v, ends, scale)
+
+        def check(result: tuple[torch.Tensor, ...]) -> None:
+            if not backward:
+                ref = exact(*(x.double() for x in (q, k, v)))
+                return assert_contraction(result[0], ref, attend(q, k, v))
+            ref = gradients(exact, [x.double() for x in (q, k, v)], dout.double())
+            for grad, wide, base in zip(result, ref, plain(), strict=True):
+                assert_contraction(grad, wide, base, 3.0)
+
+        if not backward:
+            return Run(
+                lambda: ops.packed_attention(q, k, v, ends, scale), lambda: attend(q, k, v), check
+            )
+        plain = _backward(attend(*leaves), leaves, dout)
+        out, lse = ops.packed_attention(q, k, v, ends, scale)
+        return Run(
+            lambda: ops.packed_attention_bwd(dout, q, k, v, out, lse, ends, scale), plain, check
+        )
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for backward in (False, True):
+            tokens = 1024
+            products = 5 if backward else 2
+            yield Case(
+                "packed_attention",
+                f"{'backward' if backward else 'forward'} {tokens} 14/2x64 {_name(dtype)}",
+                lambda t=tokens, d=dtype, b=backward: make(t, d, b),
+                (4 if backward else 2) * tokens * (heads + kv_heads) * head_dim * dtype.itemsize,
+                products * heads * head_dim * tokens * (tokens + 1),
+                "tile_bf16" if dtype == torch.bfloat16 else "fma_f32",
+            )
+
+
+def matmul_cases() -> Iterator[Case]:
+    """The three products of Qwen2.5-0.5B's gate and up, and of its output matrix, in training."""
+    if not ops.has_matmul():
+        return
+
+    def make(m: int, n: int, k: int, a_transposed: bool, b_transposed: bool) -> Run:
+        a = torch.randn((k, m) if a_transposed else (m, k)).bfloat16()
+        b = torch.randn((n, k) if b_transposed else (k, n)).bfloat16()
+        left, right = a.T if a_transposed else a, b.T if b_transposed else b
+        out = torch.empty(m, n).bfloat16()
+
+        def native() -> torch.Tensor:
+            return ops.matmul(a, b, a_transposed=a_transposed, b_transposed=b_transposed, out=out)
+
+        def check(result: torch.Tensor) -> None:
+            rows = slice(0, 64)
+            ref = left[rows].double() @ right.double()
+            assert_contraction(result[rows], ref, left[rows] @ right)
+
+        return Run(native, lambda: left @ right, check)
+
+    for name, m, n, k, a_transposed, b_transposed in (
+        ("forward", 1024, 9728, 896, False, True),
+        ("input gradient", 1024, 896, 9728, False, False),
+        ("weight gradient", 9728, 896, 1024, True, False),
+    ):
+        yield Case(
+            "matmul",
+            f"{name} {m}x{n}x{k}",
+            lambda s=(m, n, k), t=(a_transposed, b_transposed): make(*s, *t),
+            2 * (m * k + k * n + m * n),
+            2 * m * n * k,
+            "tile_bf16",
+        )
+
+
+def adamw_cases() -> Iterator[Case]:
+    n = 1 << 24
+
+    def make() -> Run:
+        master, mean = torch.randn(2, n)
+        square, grad = torch.rand(n), torch.randn(n).bfloat16()
+        narrow = master.bfloat16()
+        parameter = master.clone().requires_grad_()
+        parameter.grad = grad.float()
+        optimiser = torch.optim.AdamW([parameter], 1e-5, fused=True)
+
+        def check(_: None) -> None:
+            state = [torch.ones(9), torch.zeros(9), torch.zeros(9)]
+            ops.adamw(*state, torch.ones(9), step=1, rate=0.5)
+            # mean / c1 = 1 and sqrt(square / c2) = 1 after one step.
+            assert_pointwise(state[0], torch.full((9,), 0.5).double(), torch.full((9,), 0.5))
+
+        def native() -> None:
+            ops.adamw(master, mean, square, grad, narrow, step=2, rate=1e-5)
+
+        return Run(native, optimiser.step, check)
+
+    yield Case("adamw", f"{n} elements", make, 28 * n)
+
+
 @functools.cache
 def _encoded(fmt: str, rows: int, cols: int) -> np.ndarray:
     return quant_reference.encode(fmt, torch.randn(rows, cols).numpy())
@@ -459,6 +571,9 @@ CASES = [
     *rms_norm_bwd_cases(),
     *swiglu_bwd_cases(),
     *softmax_xent_cases(),
+    *packed_attention_cases(),
+    *matmul_cases(),
+    *adamw_cases(),
     *gather_cases(),
     *sampling_cases(),
     *linear_quantized_cases(),

@@ -137,6 +137,40 @@ void register_ops(py::module_& module) {
                ops::softmax_xent(log_prob.view, logits.view, targets.view, scale,
                                  grad ? &grad->view : nullptr, op_context());
              });
+  module.def("packed_attention",
+             [](const PyTensor& out, const PyTensor& lse, const PyTensor& q, const PyTensor& k,
+                const PyTensor& v, const PyTensor& cu_seqlens, float scale, int64_t window) {
+               py::gil_scoped_release unlocked;
+               ops::packed_attention(out.view, lse.view, q.view, k.view, v.view, cu_seqlens.view,
+                                     {scale, window}, op_context());
+             });
+  module.def("packed_attention_bwd",
+             [](const PyTensor& dq, const PyTensor& dk, const PyTensor& dv, const PyTensor& dout,
+                const PyTensor& q, const PyTensor& k, const PyTensor& v, const PyTensor& out,
+                const PyTensor& lse, const PyTensor& cu_seqlens, float scale, int64_t window) {
+               py::gil_scoped_release unlocked;
+               ops::packed_attention_bwd(
+                   dq.view, dk.view, dv.view,
+                   {dout.view, q.view, k.view, v.view, out.view, lse.view, cu_seqlens.view},
+                   {scale, window}, op_context());
+             });
+  module.def("has_matmul", [] { return ops::has_matmul(); });
+  module.def("matmul",
+             [](const PyTensor& out, const PyTensor& a, bool a_transposed, const PyTensor& b,
+                bool b_transposed, const std::optional<PyTensor>& bias, bool add) {
+               py::gil_scoped_release unlocked;
+               ops::matmul(out.view, a.view, a_transposed, b.view, b_transposed,
+                           bias ? &bias->view : nullptr, add, op_context());
+             });
+  module.def("adamw", [](const PyTensor& master, const PyTensor& mean, const PyTensor& square,
+                         const PyTensor& grad, const std::optional<PyTensor>& parameter,
+                         int64_t step, double rate, double beta1, double beta2, double eps,
+                         double weight_decay, double grad_scale) {
+    py::gil_scoped_release unlocked;
+    ops::adamw(master.view, mean.view, square.view, grad.view,
+               parameter ? &parameter->view : nullptr,
+               {step, rate, beta1, beta2, eps, weight_decay, grad_scale}, op_context());
+  });
   module.def("mlp", [](const PyTensor& out, const PyTensor& x, const PyWeight& gate,
                        const PyWeight& up, const PyWeight& down, bool invariant) {
     py::gil_scoped_release unlocked;

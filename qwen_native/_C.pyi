@@ -59,6 +59,58 @@ def swiglu_bwd(dgate: Array, dup: Array, dout: Array, gate: Array, up: Array, /)
 def softmax_xent(
     log_prob: Array, logits: Array, targets: Array, scale: float, grad: Array | None, /
 ) -> None: ...
+def packed_attention(
+    out: Array,
+    lse: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens: Array,
+    scale: float,
+    window: int,
+    /,
+) -> None: ...
+def packed_attention_bwd(
+    dq: Array,
+    dk: Array,
+    dv: Array,
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array,
+    cu_seqlens: Array,
+    scale: float,
+    window: int,
+    /,
+) -> None: ...
+def has_matmul() -> bool: ...
+def matmul(
+    out: Array,
+    a: Array,
+    a_transposed: bool,
+    b: Array,
+    b_transposed: bool,
+    bias: Array | None,
+    add: bool,
+    /,
+) -> None: ...
+def adamw(
+    master: Array,
+    mean: Array,
+    square: Array,
+    grad: Array,
+    parameter: Array | None,
+    step: int,
+    rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_scale: float,
+    /,
+) -> None: ...
 def mlp(out: Array, x: Array, gate: Array, up: Array, down: Array, invariant: bool, /) -> None: ...
 def gather(out: Array, ids: Array, table: Array, /) -> None: ...
 def argmax(x: Array, /) -> int: ...

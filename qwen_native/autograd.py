@@ -21,10 +21,14 @@ _LARGEST_NUMBER_OF_PARTS = 8
 _DENSE = torch.contiguous_format
 
 
+def _dense(x: Tensor) -> Tensor:
+    """x with a dense last axis."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
 def _rows(x: Tensor) -> Tensor:
     """x as a matrix of rows with a dense last axis."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
+    return _dense(x.reshape(-1, x.shape[-1]))
 
 
 @torch.library.custom_op("qwen_native::rms_norm", mutates_args=())
@@ -225,6 +229,198 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
+@torch.library.custom_op("qwen_native::attention", mutates_args=())
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int
+) -> tuple[Tensor, Tensor]:
+    q, k, v = _dense(q), _dense(k), _dense(v)
+    out, lse = ops.packed_attention(q, k, v, cu_seqlens, scale, window)
+    return out, lse
+
+
+@_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+@torch.library.custom_op("qwen_native::attention_bwd", mutates_args=())
+def _attention_bwd(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dout, q, k, v = _dense(dout), _dense(q), _dense(k), _dense(v)
+    return ops.packed_attention_bwd(dout, q, k, v, out, lse, cu_seqlens, scale, window)
+
+
+@_attention_bwd.register_fake
+def _(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, cu_seqlens, ctx.scale, ctx.window = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+
+
+def _attention_backward(
+    ctx: Any, dout: Tensor | None, _: None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
+    if dout is None:
+        return (None,) * 6
+    grads = _attention_bwd(dout, *ctx.saved_tensors, ctx.scale, ctx.window)
+    return *grads, None, None, None
+
+
+_attention.register_autograd(_attention_backward, setup_context=_attention_setup)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int = 0
+) -> Tensor:
+    """Return causal softmax(scale q k^T) v within each document (arXiv 2307.08691).
+
+    Nothing of the size of the scores is stored. A document's result does not depend on the others.
+
+    Args:
+        q: [tokens, num_heads, head_dim], float32 or bfloat16, head_dim at most 256.
+        k: [tokens, num_kv_heads, head_dim]; query head h reads head h * num_kv_heads / num_heads.
+        v: like k.
+        cu_seqlens: [documents + 1], int32; document d has the tokens cu_seqlens[d] to
+            cu_seqlens[d + 1].
+        scale: factor of the scores, positive.
+        window: how many tokens a query sees, itself included; 0 for all before it.
+
+    Returns:
+        Like q.
+
+    Raises:
+        ValueError: a shape, dtype or factor does not fit.
+    """
+    out: Tensor = _attention(q, k, v, cu_seqlens, scale, window)[0]
+    return out
+
+
+def _product(
+    a: Tensor,
+    b: Tensor,
+    *,
+    a_transposed: bool = False,
+    b_transposed: bool = False,
+    bias: Tensor | None = None,
+    out: Tensor | None = None,
+    add: bool = False,
+) -> Tensor:
+    """a b + bias, by our kernel where there is one for the dtype and the level, else by torch."""
+    if a.dtype == b.dtype == torch.bfloat16 and ops.has_matmul():
+        result: Tensor = ops.matmul(
+            _dense(a),
+            _dense(b),
+            bias,
+            a_transposed=a_transposed,
+            b_transposed=b_transposed,
+            out=out,
+            add=add,
+        )
+        return result
+    a, b = a.T if a_transposed else a, b.T if b_transposed else b
+    if add and out is not None:
+        return out.addmm_(a, b)
+    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b)
+
+
+@torch.library.custom_op("qwen_native::linear", mutates_args=())
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = _product(_rows(x), weight, b_transposed=True, bias=bias)
+    return out.view(*x.shape[:-1], -1)
+
+
+@_linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("qwen_native::linear_bwd", mutates_args=())
+def _linear_bwd(
+    dout: Tensor, x: Tensor | None, weight: Tensor, x_grad: bool, bias_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, none = _rows(dout), weight.new_empty(0)
+    dx = _product(rows, weight).view(*dout.shape[:-1], -1) if x_grad else none.clone()
+    dweight = none if x is None else _product(rows, _rows(x), a_transposed=True)
+    return dx, dweight, rows.sum(0) if bias_grad else none.clone()
+
+
+@_linear_bwd.register_fake
+def _(
+    dout: Tensor, x: Tensor | None, weight: Tensor, x_grad: bool, bias_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        weight.new_empty((*dout.shape[:-1], weight.shape[1]) if x_grad else (0,)),
+        weight.new_empty((0,) if x is None else weight.shape),
+        weight.new_empty(weight.shape[:1] if bias_grad else (0,)),
+    )
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _ = inputs
+    # The gradient of a frozen weight, and with it x, is not needed.
+    saved = (x, weight) if ctx.needs_input_grad[1] else (weight,)
+    ctx.save_for_backward(*saved)
+
+
+def _linear_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    *x, weight = ctx.saved_tensors
+    x_grad, weight_grad, bias_grad = ctx.needs_input_grad
+    grads = _linear_bwd(dout, x[0] if x else None, weight, x_grad, bias_grad)
+    wanted = (x_grad, weight_grad, bias_grad)
+    dx, dweight, dbias = (g if needed else None for g, needed in zip(grads, wanted, strict=True))
+    return dx, dweight, dbias
+
+
+_linear.register_autograd(_linear_backward, setup_context=_linear_setup)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x weight^T + bias.
+
+    Torch multiplies, except bfloat16 matrices where the active level is "amx".
+
+    Args:
+        x: [..., cols], float32 or bfloat16.
+        weight: [rows, cols], of the same dtype.
+        bias: [rows], of the same dtype, or None.
+
+    Returns:
+        [..., rows].
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    out: Tensor = _linear(x, weight, bias)
+    return out
+
+
 def _native_targets(targets: Tensor, vocab: int, ignore_index: int | None) -> Tensor:
     """As int32, -1 where a token does not count."""
     counted = torch.ones_like(targets, dtype=torch.bool)
@@ -270,18 +466,20 @@ def _sweep(
     tokens, vocab = len(hidden), len(weight)
     log_prob = hidden.new_empty(tokens, dtype=torch.float32)
     dhidden = torch.empty_like(hidden, memory_format=_DENSE) if hidden_grad else hidden.new_empty(0)
-    dweight = weight.new_zeros(weight.shape) if weight_grad else weight.new_empty(0)
+    dweight = weight.new_empty(weight.shape if weight_grad else (0,))
+    if tokens == 0:
+        dweight.zero_()
     step = max(_LOGITS_BYTES // (vocab * hidden.itemsize), -(-tokens // _LARGEST_NUMBER_OF_PARTS))
     step = max(step // 32 * 32, min(step, 32), 1)
     for begin in range(0, tokens, step):
         part = slice(begin, begin + step)
-        logits = hidden[part] @ weight.T
+        logits = _product(hidden[part], weight, b_transposed=True)
         part_grad = None if grad is None else grad[part]
         log_prob[part] = ops.softmax_xent(logits, targets[part], scale, part_grad)
         if hidden_grad:
-            torch.mm(logits, weight, out=dhidden[part])
+            _product(logits, weight, out=dhidden[part])
         if weight_grad:
-            dweight.addmm_(logits.T, hidden[part])
+            _product(logits, hidden[part], a_transposed=True, out=dweight, add=begin > 0)
     return log_prob, dhidden, dweight
 
 

@@ -134,6 +134,18 @@ def rope_frequencies(config: ModelConfig, length: int) -> Tensor:
     return torch.from_numpy(frequencies)
 
 
+class Linear(nn.Linear):
+    """A linear layer on the model's kernels."""
+
+    def __init__(self, cols: int, rows: int, bias: bool, kernels: ModuleType) -> None:
+        super().__init__(cols, rows, bias)
+        self.kernels = kernels
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.kernels.linear(x, self.weight, self.bias)
+        return out
+
+
 class RmsNorm(nn.Module):
     """The weight of an RMSNorm; the ops compute it."""
 
@@ -149,17 +161,18 @@ class Attention(_Named):
         super().__init__(config)
         self.kernels = kernels
         self.window = config.window(layer) or 0
+        hidden = config.hidden_size
         q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.sizes = [q_rows, kv_rows, kv_rows]
         if config.architecture == "qwen":
-            self.c_attn = nn.Linear(config.hidden_size, sum(self.sizes), bias=config.qkv_bias)
+            self.c_attn = Linear(hidden, sum(self.sizes), config.qkv_bias, kernels)
         else:
-            self.q_proj = nn.Linear(config.hidden_size, q_rows, bias=config.qkv_bias)
-            self.k_proj = nn.Linear(config.hidden_size, kv_rows, bias=config.qkv_bias)
-            self.v_proj = nn.Linear(config.hidden_size, kv_rows, bias=config.qkv_bias)
+            self.q_proj = Linear(hidden, q_rows, config.qkv_bias, kernels)
+            self.k_proj = Linear(hidden, kv_rows, config.qkv_bias, kernels)
+            self.v_proj = Linear(hidden, kv_rows, config.qkv_bias, kernels)
         if config.qk_norm:
             self.q_norm, self.k_norm = RmsNorm(config.head_dim), RmsNorm(config.head_dim)
-        self.add("o", nn.Linear(q_rows, config.hidden_size, bias=False))
+        self.add("o", Linear(q_rows, hidden, False, kernels))
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         config, kernels = self.config, self.kernels
@@ -187,9 +200,10 @@ class Mlp(_Named):
     def __init__(self, config: ModelConfig, kernels: ModuleType) -> None:
         super().__init__(config)
         self.kernels = kernels
-        self.add("up", nn.Linear(config.hidden_size, config.intermediate_size, bias=False))
-        self.add("gate", nn.Linear(config.hidden_size, config.intermediate_size, bias=False))
-        self.add("down", nn.Linear(config.intermediate_size, config.hidden_size, bias=False))
+        hidden, inter = config.hidden_size, config.intermediate_size
+        self.add("up", Linear(hidden, inter, False, kernels))
+        self.add("gate", Linear(hidden, inter, False, kernels))
+        self.add("down", Linear(inter, hidden, False, kernels))
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.child("down")(

@@ -39,6 +39,12 @@ def _empty(like: Any, shape: tuple[int, ...]) -> Any:
     return like.new_empty(shape)
 
 
+def _empty_f32(like: Any, shape: tuple[int, ...]) -> Any:
+    if isinstance(like, np.ndarray):
+        return np.empty(shape, np.float32)
+    return like.new_empty(shape).float()
+
+
 def _detach(x: Any) -> Any:
     return x.detach() if hasattr(x, "detach") else x
 
@@ -212,14 +218,166 @@ def softmax_xent(logits: Any, targets: Any, scale: float = 1.0, grad: Any | None
     """
     logits = _detach(logits)
     rows = int(logits.shape[0])
-    if isinstance(logits, np.ndarray):
-        log_prob: Any = np.empty(rows, np.float32)
-    else:
-        log_prob = logits.new_empty(rows).float()
+    log_prob = _empty_f32(logits, (rows,))
     _C.softmax_xent(
         log_prob, logits, _detach(targets), scale, None if grad is None else _detach(grad)
     )
     return log_prob
+
+
+def packed_attention(
+    q: Any, k: Any, v: Any, cu_seqlens: Any, scale: float, window: int = 0
+) -> tuple[Any, Any]:
+    """Return causal softmax(scale * q k^T) v within each document, and its log-sum-exp.
+
+    Nothing of the size of the scores is stored. A document's results do not depend on the others.
+
+    Args:
+        q: [tokens, num_heads, head_dim], f32 | bf16, last axis dense, head_dim at most 256.
+        k, v: [tokens, num_kv_heads, head_dim], dtype of q; num_heads is a multiple of num_kv_heads,
+            consecutive heads share a kv head.
+        cu_seqlens: [documents + 1], int32; document d has the tokens cu_seqlens[d] to
+            cu_seqlens[d + 1].
+        scale: factor of the dot products, positive.
+        window: keys that a row sees, itself included; 0 = all before it.
+
+    Returns:
+        out like q, and lse [num_heads, tokens], f32: log2(sum(exp(scale * q k^T))).
+
+    Raises:
+        ValueError: a shape, dtype or factor does not fit.
+    """
+    q, k, v = _detach(q), _detach(k), _detach(v)
+    out = _empty(q, tuple(q.shape))
+    shape = (int(q.shape[1]), int(q.shape[0]))
+    lse = _empty_f32(q, shape)
+    _C.packed_attention(out, lse, q, k, v, _detach(cu_seqlens), scale, window)
+    return out, lse
+
+
+def packed_attention_bwd(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    cu_seqlens: Any,
+    scale: float,
+    window: int = 0,
+) -> tuple[Any, Any, Any]:
+    """Return the gradients (dq, dk, dv) of `packed_attention`.
+
+    Args:
+        dout: gradient of out, like q.
+        q, k, v, cu_seqlens, scale, window: as they were given to `packed_attention`.
+        out, lse: what it returned.
+
+    Raises:
+        ValueError: a shape, dtype or factor does not fit.
+    """
+    dout, q, k, v = _detach(dout), _detach(q), _detach(k), _detach(v)
+    dq, dk, dv = (_empty(x, tuple(x.shape)) for x in (q, k, v))
+    saved = (_detach(out), _detach(lse), _detach(cu_seqlens))
+    _C.packed_attention_bwd(dq, dk, dv, dout, q, k, v, *saved, scale, window)
+    return dq, dk, dv
+
+
+def has_matmul() -> bool:
+    """Whether the active level has `matmul`."""
+    return _C.has_matmul()
+
+
+def matmul(
+    a: Any,
+    b: Any,
+    bias: Any | None = None,
+    *,
+    a_transposed: bool = False,
+    b_transposed: bool = False,
+    out: Any | None = None,
+    add: bool = False,
+) -> Any:
+    """Return a @ b + bias of bfloat16 matrices; only at the level "amx".
+
+    Products of bf16, sums in float32 in ascending order, rounded once: with `add` only after the
+    old values of out were added, too.
+
+    Args:
+        a: [m, k], bf16, last axis dense; [k, m] with `a_transposed`.
+        b: [k, n], likewise; [n, k] with `b_transposed`.
+        bias: [n], bf16, or None.
+        a_transposed, b_transposed: the operand is stored transposed.
+        out: [m, n], f32 | bf16, last axis dense; a new bf16 one by default.
+        add: add to `out`, which must then be given, instead of overwriting it.
+
+    Returns:
+        out.
+
+    Raises:
+        ValueError: a shape or dtype does not fit, `add` without `out`, or the active level does not
+            have it.
+    """
+    a, b = _detach(a), _detach(b)
+    if out is None:
+        if add:
+            raise ValueError("[matmul] out is missing, expected an array to add to")
+        out = _empty(
+            a, (int(a.shape[1 if a_transposed else 0]), int(b.shape[0 if b_transposed else 1]))
+        )
+    _C.matmul(
+        _detach(out), a, a_transposed, b, b_transposed, None if bias is None else _detach(bias), add
+    )
+    return out
+
+
+def adamw(
+    master: Any,
+    mean: Any,
+    square: Any,
+    grad: Any,
+    parameter: Any | None = None,
+    *,
+    step: int,
+    rate: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    grad_scale: float = 1.0,
+) -> None:
+    """Take one step of AdamW (arXiv 1711.05101) in place, with g = grad_scale * grad.
+
+    `mean = beta1 * mean + (1 - beta1) * g`, `square = beta2 * square + (1 - beta2) * g**2` and
+    `master -= rate * (weight_decay * master + mean / c1 / (sqrt(square / c2) + eps))`, where
+    `c = 1 - beta**step`.
+
+    Args:
+        master, mean, square: f32, dense, of one shape.
+        grad: f32 | bf16, dense, of that shape.
+        parameter: bf16, dense, of that shape: receives the rounded master; or None.
+        step: of this update, from 1.
+        rate: learning rate.
+        beta1, beta2, eps, weight_decay: as in the formulas.
+        grad_scale: factor of the gradient, for clipping.
+
+    Raises:
+        ValueError: a shape, dtype or option does not fit.
+    """
+    _C.adamw(
+        _detach(master),
+        _detach(mean),
+        _detach(square),
+        _detach(grad),
+        None if parameter is None else _detach(parameter),
+        step,
+        rate,
+        beta1,
+        beta2,
+        eps,
+        weight_decay,
+        grad_scale,
+    )
 
 
 def mlp(out: Any, x: Any, gate: Any, up: Any, down: Any, *, invariant: bool = False) -> Any:
@@ -261,10 +419,7 @@ def gather(ids: Any, table: Any) -> Any:
     """
     ids = _detach(ids)
     shape = (int(ids.shape[0]), int(table.shape[1]))
-    if isinstance(ids, np.ndarray):
-        out: Any = np.empty(shape, np.float32)
-    else:
-        out = ids.new_empty(shape).float()
+    out = _empty_f32(ids, shape)
     _C.gather(out, ids, _detach(table))
     return out
 

@@ -62,6 +62,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return (F.silu(_wide(gate)) * _wide(up)).to(gate.dtype)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias: x [..., cols], weight [rows, cols], bias [rows] or None."""
+    return F.linear(x, weight, bias)
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, window: int = 0
 ) -> Tensor:

@@ -42,11 +42,16 @@ def cases(dtype: torch.dtype) -> dict[str, Op]:
     ignored = targets.masked_fill(torch.arange(7) == 2, -100)
     head = (random(7, 24), random(71, 24))
     tokens = 23
+    heads = (random(90, 4, 24), random(90, 2, 24), random(90, 2, 24))
+    ends = torch.tensor([0, 9, 90], dtype=torch.int32)
     return {
-        "rms_norm": Op("rms_norm", (random(9, 40), random(40)), (1e-5,)),
+        "rms_norm": Op("rms_norm", (random(33, 40), random(40)), (1e-5,)),
         "rms_norm of heads": Op("rms_norm", (random(5, 3, 24)[:, 1:], random(24)), (1e-5,)),
         "add_rms_norm": Op("add_rms_norm", (random(9, 40), random(9, 40), random(40)), (1e-5,)),
         "rope": Op("rope", (random(tokens, 3, 20),), angles(tokens, 8)),
+        "linear": Op("linear", (random(9, 40), random(30, 40), random(30)), ()),
+        "linear without bias": Op("linear", (random(2, 5, 40), random(30, 40)), ()),
+        "attention": Op("attention", heads, (ends, 0.2, 70)),
         "swiglu": Op("swiglu", (random(9, 50), random(9, 50)), ()),
         "linear_cross_entropy": Op("linear_cross_entropy", head, (ignored,)),
         "linear_log_prob": Op("linear_log_prob", head, (targets, 0.8)),
@@ -54,6 +59,7 @@ def cases(dtype: torch.dtype) -> dict[str, Op]:
 
 
 CASES = list(cases(torch.float32))
+HEADS = ("linear_cross_entropy", "linear_log_prob")
 
 
 def douts_of(outputs: Any) -> Any:
@@ -81,13 +87,13 @@ def test_results_and_gradients_match_the_reference(isa, name, dtype):
         outputs, wide, base = (outputs,), (wide,), (base,)
     for out, ref, plain in zip(outputs, wide, base, strict=True):
         assert out.dtype == plain.dtype
-        if "linear" in name and dtype == torch.bfloat16:
+        if op.name in HEADS and dtype == torch.bfloat16:
             # Torch keeps the logits in float32 in `reference`; a model's own are bfloat16.
             plain = narrow_logits(op)
         assert_contraction(out, ref, plain)
     dout = douts_of(op.call(autograd)(*op.inputs))
     grads = gradients(op.call(autograd), op.inputs, dout)
-    if "linear" in name and dtype == torch.bfloat16:
+    if op.name in HEADS and dtype == torch.bfloat16:
         return assert_narrow_gradients(op, grads, dout)
     assert_gradients(grads, op.call(reference), op.inputs, dout)
 
@@ -138,8 +144,8 @@ def test_operator_registration(name):
     rest = op.rest
     if op.name == "linear_cross_entropy":
         rest = (*op.rest, -100, True, True)
-    elif op.name == "attention":
-        rest = (*op.rest, 0)[:3]
+    elif name == "linear without bias":
+        rest = (None,)
     torch.library.opcheck(getattr(torch.ops.qwen_native, op.name).default, (*inputs, *rest))
 
 

@@ -40,6 +40,12 @@ def test_swiglu():
     torch.testing.assert_close(reference.swiglu(gate, up), F.silu(gate) * up)
 
 
+def test_linear():
+    x, weight, bias = random(3, 9), random(5, 9, seed=1), random(5, seed=2)
+    torch.testing.assert_close(reference.linear(x, weight, bias), x @ weight.T + bias)
+    torch.testing.assert_close(reference.linear(x, weight), x @ weight.T)
+
+
 def test_attention_of_documents_with_shared_heads_and_window():
     lengths, heads, kv_heads, window = [1, 6, 11], 6, 2, 4
     total = sum(lengths)

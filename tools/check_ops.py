@@ -56,6 +56,15 @@ GROUPS = {
         ("pack_weight", "decode_source", "unpack_weight"),
         {"quantize": "quantize", "repack": "repack", "decode_source": "decode_source"},
     ),
+    "packed_attention": Group(
+        ("packed_attention", "packed_attention_bwd"),
+        {
+            "packed_attention": "packed_attention",
+            "packed_attention_bwd": "packed_attention",
+            "packed_attention_bwd_sum": "packed_attention",
+        },
+    ),
+    "matmul": Group(("matmul",), {"matmul": "matmul", "matmul_pack": "matmul"}),
     "sampling": Group(
         ("argmax", "log_sum_exp"), {"block_max": "sampling", "block_exp_sum": "sampling"}
     ),
@@ -66,6 +75,7 @@ QUERIES = {  # in ops.h, but compute nothing
     "weight_bytes",
     "source_bytes",
     "kv_page_bytes",
+    "has_matmul",
     "token_cost",
     "weight_format_from_name",
     "source_type_from_name",

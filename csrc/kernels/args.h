@@ -84,6 +84,24 @@ struct SoftmaxXentArgs {
   DType dtype;            // of logits: F32 | BF16
 };
 
+/// Elements that one unit of work of adamw covers.
+constexpr int64_t kAdamwBlock = 16384;
+
+struct AdamwArgs {
+  float* master;     // [n], in-out
+  float* mean;       // [n], in-out
+  float* square;     // [n], in-out
+  bf16* parameter;   // [n], the rounded master, or null
+  const void* grad;  // [n]
+  int64_t n;
+  float grad_scale;
+  float beta1, rest1, beta2, rest2, eps;  // rest: 1 - beta
+  float keep;                             // of the master: 1 - rate * weight_decay
+  float rate;                             // of mean / (sqrt(square * correction2) + eps)
+  float correction2;                      // 1 / (1 - beta2^step)
+  DType grad_dtype;                       // F32 | BF16
+};
+
 struct GatherArgs {
   float* out;          // [tokens, table.cols]
   const int32_t* ids;  // [tokens], each in [0, table.rows)
@@ -217,6 +235,92 @@ struct AttentionArgs {
   const AttentionItem* items;
   KvGeometry kv;
 };
+
+/// Queries and keys that training's attention takes at a time.
+constexpr int64_t kPackedBlock = 64;
+
+constexpr int64_t packed_length(int64_t length) {
+  return (length + kPackedBlock - 1) / kPackedBlock * kPackedBlock;
+}
+/// head_dim up to whole tiles.
+constexpr int64_t packed_depth(int64_t head_dim) { return (head_dim + 31) / 32 * 32; }
+
+/// Scratch bytes of one thread for documents up to `length` tokens.
+constexpr int64_t packed_attention_scratch(int64_t length, int64_t head_dim) {
+  const int64_t depth = packed_depth(head_dim), rows = packed_length(length);
+  return 4 * (depth * (2 * rows + 32) + 2 * depth * kPackedBlock +
+              2 * kPackedBlock * kPackedBlock) +
+         1024;
+}
+constexpr int64_t packed_attention_bwd_scratch(int64_t length, int64_t head_dim) {
+  const int64_t depth = packed_depth(head_dim), rows = packed_length(length);
+  return 4 * (depth * (5 * rows + 32) + 5 * depth * kPackedBlock +
+              5 * kPackedBlock * kPackedBlock) +
+         2048;
+}
+
+/// Elements between tokens and between heads.
+struct PackedStrides {
+  int64_t token, head;
+};
+
+/// One query head of one document.
+struct PackedAttentionItem {
+  int64_t token, length, head;
+};
+
+/// Attention over whole documents and its gradients; the first block is all that the forward pass
+/// takes.
+struct PackedAttentionArgs {
+  void* out;          // [tokens, num_heads, head_dim]
+  float* lse;         // [num_heads, tokens]: log2(sum(exp(scale * q k^T)))
+  const void* q;      // [tokens, num_heads, head_dim]
+  const void *k, *v;  // [tokens, num_kv_heads, head_dim]
+  PackedStrides out_strides, q_strides, k_strides, v_strides;
+  int64_t tokens, num_kv_heads, group, head_dim;  // group: heads per kv head
+  int64_t window;                                 // 0 = all
+  float scale;
+  DType dtype;  // of all but lse and the shares: F32 | BF16
+  const PackedAttentionItem* items;
+
+  const void* dout;            // like out
+  void* dq;                    // like q
+  void *dk, *dv;               // like k
+  float *dk_share, *dv_share;  // [num_heads, tokens, head_dim], what each query head adds
+  PackedStrides dout_strides, dq_strides, dk_strides, dv_strides;
+};
+
+/// Block sizes of matmul: rows of A whose packed operands stay, depth of one pass over them,
+/// columns of B at most.
+constexpr int64_t kMatmulRows = 1024;
+constexpr int64_t kMatmulDepth = 512;
+constexpr int64_t kMatmulColumns = 256;
+/// Depth for which A is packed at once.
+constexpr int64_t kMatmulPackedDepth = 8192;
+
+/// A block of rows and of depth of out (+)= A B + bias, bf16 in 32 x 32 blocks of tiles.
+struct MatmulArgs {
+  void* out;         // [m, n]
+  const bf16* a;     // [m, k], or [k, m] with a_transposed
+  const bf16* b;     // [k, n], or [n, k] with b_transposed
+  const bf16* bias;  // [n] or null
+  int64_t m, n, k;
+  int64_t out_stride, a_stride, b_stride;  // elements between rows
+  int64_t first_row, rows;                 // of this block
+  int64_t first_depth, depth;
+  int64_t columns;  // of a unit of work, a multiple of 32
+  bf16* packed_a;   // [ceil(rows / 32)][ceil(depth / 32)][2][16][32]
+  float* partial;   // sums of the depth before, [units][ceil(rows / 32)][columns / 32][4][16][16],
+                    // or null where this block has all of it
+  DType dtype;      // of out: F32 | BF16
+  bool a_transposed, b_transposed;
+  bool add;  // out += instead of out =
+};
+
+/// Scratch bytes of one thread.
+constexpr int64_t matmul_scratch(int64_t rows, int64_t columns) {
+  return kMatmulDepth * columns * 2 + (rows + 31) / 32 * 32 * columns * 4 + 8192;
+}
 
 /// Activations as int8 in groups of 32 columns, in blocks of 16 tokens (the last one has the rest,
 /// n): [block][group][token of the block], so that a group of a few tokens lies together and one

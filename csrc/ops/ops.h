@@ -54,6 +54,21 @@ void swiglu_bwd(const TensorView& dgate, const TensorView& dup, const TensorView
 void softmax_xent(const TensorView& log_prob, const TensorView& logits, const TensorView& targets,
                   float scale, const TensorView* grad, const ExecContext& context);
 
+struct AdamwOptions {
+  int64_t step;  // from 1
+  double rate, beta1, beta2, eps, weight_decay;
+  double grad_scale;  // of the gradient, before all else
+};
+
+/// One step of AdamW (arXiv 1711.05101), g = grad_scale * grad:
+///   mean = beta1 mean + (1 - beta1) g, square = beta2 square + (1 - beta2) g^2,
+///   master -= rate * (weight_decay * master + mean / c1 / (sqrt(square / c2) + eps)),
+/// with c = 1 - beta^step; then parameter = master, rounded.
+///   master, mean, square f32, grad f32|bf16, parameter bf16 or null; all dense and of one shape
+void adamw(const TensorView& master, const TensorView& mean, const TensorView& square,
+           const TensorView& grad, const TensorView* parameter, const AdamwOptions& options,
+           const ExecContext& context);
+
 /// out[t] = row ids[t] of the table, dequantised. Ids outside [0, table.rows) throw.
 ///   out [tokens, table.cols] f32; ids [tokens] i32
 void gather(const TensorView& out, const TensorView& ids, const WeightView& table,
@@ -171,6 +186,42 @@ struct AttentionOptions {
 void attention(const TensorView& out, const TensorView& q, const KvLayer& layer,
                std::span<const SequenceSpan> spans, const AttentionOptions& options,
                const ExecContext& context);
+
+struct PackedAttentionOptions {
+  float scale;     // of the dot products
+  int64_t window;  // keys that a query sees, itself included; 0 = all before it
+};
+
+/// Causal attention within each document of a flat batch, for training: out = softmax(scale q k^T)
+/// v and lse = log2(sum(exp(scale q k^T))). Document d has the tokens cu_seqlens[d] to cu_seqlens[d
+/// + 1]; heads share kv heads in consecutive groups. Results do not depend on the other documents
+/// or on the number of threads, bit for bit.
+///   out, q [tokens, num_heads, head_dim], k, v [tokens, num_kv_heads, head_dim] f32|bf16, last
+///   axis dense, head_dim at most 256; lse [num_heads, tokens] f32; cu_seqlens [documents + 1] i32
+void packed_attention(const TensorView& out, const TensorView& lse, const TensorView& q,
+                      const TensorView& k, const TensorView& v, const TensorView& cu_seqlens,
+                      const PackedAttentionOptions& options, const ExecContext& context);
+
+/// What the gradients are computed from: the inputs and results of packed_attention, and the
+/// gradient of out.
+struct PackedAttentionPass {
+  const TensorView &dout, &q, &k, &v, &out, &lse, &cu_seqlens;
+};
+
+/// The gradients of packed_attention; dq like q, dk and dv like k.
+void packed_attention_bwd(const TensorView& dq, const TensorView& dk, const TensorView& dv,
+                          const PackedAttentionPass& pass, const PackedAttentionOptions& options,
+                          const ExecContext& context);
+
+/// Whether the active level has matmul.
+bool has_matmul();
+
+/// out = a b + bias, or += with `add`: bf16 products, float32 sums in ascending order of k, one
+/// rounding. Operands may be stored transposed: a [k, m], b [n, k]. An element depends on its row
+/// of a and column of b alone, bit for bit.
+///   out [m, n] f32|bf16; a [m, k], b [k, n], bias [n] (or null) bf16; last axes dense
+void matmul(const TensorView& out, const TensorView& a, bool a_transposed, const TensorView& b,
+            bool b_transposed, const TensorView* bias, bool add, const ExecContext& context);
 
 /// About what one more token adds to the time of linear with one token and quantised weights, as a
 /// share of it, at the active level.

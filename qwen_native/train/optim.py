@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from qwen_native import ops
 from qwen_native.train.config import OptimOptions
 
 
@@ -33,6 +34,9 @@ def learning_rate(options: OptimOptions, step: int, steps: int) -> float:
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor; other tensors as they are."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+_NORM_PART = 1 << 20  # elements that are widened at a time
 
 
 class AdamW:
@@ -94,7 +98,11 @@ class AdamW:
     @torch.no_grad()
     def gradient_norm(self) -> float:
         """Euclidean norm of the whole gradient, over all processes when it is sharded."""
-        squares = [g.float().square().sum(dtype=torch.float64) for g in self.gradients().values()]
+        squares = [
+            part.float().square().sum(dtype=torch.float64)
+            for gradient in self.gradients().values()
+            for part in torch.split(gradient.flatten(), _NORM_PART)
+        ]
         total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
         if any(isinstance(p, DTensor) for p in self.parameters.values()):
             dist.all_reduce(total)
@@ -121,6 +129,23 @@ class AdamW:
 
     def _update(self, name: str, gradient: Tensor, scale: float, rate: float) -> None:
         parameter, master = self.parameters[name], local(self.master[name])
+        decay = self.options.weight_decay if parameter.ndim >= 2 else 0.0
+        if master.device.type == "cpu" and master.dtype == torch.float32:
+            ops.adamw(
+                master,
+                local(self.mean[name]),
+                local(self.square[name]),
+                gradient.contiguous(),
+                None if _is_wide(parameter) else local(parameter),
+                step=self.steps_done,
+                rate=rate,
+                beta1=self.options.beta1,
+                beta2=self.options.beta2,
+                eps=self.options.eps,
+                weight_decay=decay,
+                grad_scale=scale,
+            )
+            return
         gradient = gradient.float()
         if scale != 1.0:
             gradient = gradient * scale
@@ -136,7 +161,7 @@ class AdamW:
             beta1=self.options.beta1,
             beta2=self.options.beta2,
             lr=rate,
-            weight_decay=self.options.weight_decay if parameter.ndim >= 2 else 0.0,
+            weight_decay=decay,
             eps=self.options.eps,
             maximize=False,
         )

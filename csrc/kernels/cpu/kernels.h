@@ -55,7 +55,8 @@ struct CpuKernels {
   void (*rms_norm_bwd_weight)(const RmsNormBwdArgs&, int64_t begin, int64_t end);
   void (*swiglu_bwd)(const SwigluBwdArgs&, int64_t begin, int64_t end);      // blocks, as swiglu
   void (*softmax_xent)(const SoftmaxXentArgs&, int64_t begin, int64_t end);  // rows
-  void (*gather)(const GatherArgs&, int64_t begin, int64_t end);             // tokens
+  void (*adamw)(const AdamwArgs&, int64_t begin, int64_t end);    // blocks of kAdamwBlock
+  void (*gather)(const GatherArgs&, int64_t begin, int64_t end);  // tokens
 
   /// Blocks of kReduceBlock elements.
   void (*block_max)(const BlockReduceArgs&, int64_t begin, int64_t end);
@@ -73,6 +74,15 @@ struct CpuKernels {
   void (*kv_append)(const KvAppendArgs&, int64_t begin, int64_t end);  // items x kv heads
   void (*attention)(const AttentionArgs&, int64_t begin, int64_t end, void* scratch);  // items
   void (*attention_merge)(const AttentionArgs&, int64_t begin, int64_t end);           // items
+  void (*packed_attention)(const PackedAttentionArgs&, int64_t begin, int64_t end,
+                           void* scratch);  // items
+  void (*packed_attention_bwd)(const PackedAttentionArgs&, int64_t begin, int64_t end,
+                               void* scratch);  // items
+  /// Adds up dk and dv; tokens.
+  void (*packed_attention_bwd_sum)(const PackedAttentionArgs&, int64_t begin, int64_t end);
+  // Null where the level has no such kernel: torch's products are as fast there.
+  void (*matmul_pack)(const MatmulArgs&, int64_t begin, int64_t end);            // 32 rows of A
+  void (*matmul)(const MatmulArgs&, int64_t begin, int64_t end, void* scratch);  // columns
   void (*quantize_activations)(const QuantizeActivationsArgs&, int64_t begin,
                                int64_t end);                                        // tokens
   void (*gemm_int8_grouped)(const GemmQuantizedArgs&, int64_t begin, int64_t end);  // panels
@@ -106,6 +116,7 @@ void rms_norm_bwd(const RmsNormBwdArgs& args, int64_t begin, int64_t end);
 void rms_norm_bwd_weight(const RmsNormBwdArgs& args, int64_t begin, int64_t end);
 void swiglu_bwd(const SwigluBwdArgs& args, int64_t begin, int64_t end);
 void softmax_xent(const SoftmaxXentArgs& args, int64_t begin, int64_t end);
+void adamw(const AdamwArgs& args, int64_t begin, int64_t end);
 void gather(const GatherArgs& args, int64_t begin, int64_t end);
 void block_max(const BlockReduceArgs& args, int64_t begin, int64_t end);
 void block_exp_sum(const BlockReduceArgs& args, int64_t begin, int64_t end);
@@ -122,6 +133,12 @@ void gemm_bf16_pack_x(const GemmFloatArgs& args, int64_t begin, int64_t end);
 void kv_append(const KvAppendArgs& args, int64_t begin, int64_t end);
 void attention(const AttentionArgs& args, int64_t begin, int64_t end, void* scratch);
 void attention_merge(const AttentionArgs& args, int64_t begin, int64_t end);
+void packed_attention(const PackedAttentionArgs& args, int64_t begin, int64_t end, void* scratch);
+void packed_attention_bwd(const PackedAttentionArgs& args, int64_t begin, int64_t end,
+                          void* scratch);
+void packed_attention_bwd_sum(const PackedAttentionArgs& args, int64_t begin, int64_t end);
+void matmul_pack(const MatmulArgs& args, int64_t begin, int64_t end);
+void matmul(const MatmulArgs& args, int64_t begin, int64_t end, void* scratch);
 void quantize_activations(const QuantizeActivationsArgs& args, int64_t begin, int64_t end);
 void gemm_int8_grouped(const GemmQuantizedArgs& args, int64_t begin, int64_t end);
 void gemm_int4(const GemmQuantizedArgs& args, int64_t begin, int64_t end);

@@ -58,7 +58,7 @@ void bwd_blocks(const RmsNormBwdArgs& a, int64_t begin, int64_t end) {
       float squares, products;
       row_sums(x, dy, weight, a.cols, squares, products);
       // One rounding each: these errors would be those of the whole row.
-      const double norm = 1 / sqrt(squares / cols + a.eps);
+      const double norm = 1 / ::sqrt(squares / cols + a.eps);
       const Vec scale(static_cast<float>(norm));
       const Vec slope(static_cast<float>(-norm * norm * norm * (products / cols)));
       for (int64_t i = 0; i < a.cols; i += Vec::kLanes) {

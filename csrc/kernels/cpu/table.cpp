@@ -13,9 +13,11 @@ void fill(CpuKernels& table) {
   table.rms_norm_bwd_weight = rms_norm_bwd_weight;
   table.swiglu_bwd = swiglu_bwd;
   table.softmax_xent = softmax_xent;
+  table.adamw = adamw;
   table.gather = gather;
   table.block_max = block_max;
   table.block_exp_sum = block_exp_sum;
+  table.packed_attention_bwd_sum = packed_attention_bwd_sum;
   table.gemm_f32 = gemm_f32;
   table.quantize_activations = quantize_activations;
   table.fold_activations = fold_activations;
@@ -24,6 +26,8 @@ void fill(CpuKernels& table) {
   table.repack = repack;
   table.quantize = quantize;
 #else
+  table.matmul_pack = matmul_pack;
+  table.matmul = matmul;
   table.gemm_bf16_pack_x = gemm_bf16_pack_x;
   table.gemm_folded = gemm_folded;
   table.gated_gemm_folded = gated_gemm_folded;
@@ -31,6 +35,8 @@ void fill(CpuKernels& table) {
   table.probe = probe;
   table.gemm_bf16 = gemm_bf16;
   table.gemm_bf16_workspace = gemm_bf16_workspace;
+  table.packed_attention = packed_attention;
+  table.packed_attention_bwd = packed_attention_bwd;
   table.attention = attention;
   table.attention_merge = attention_merge;
   table.gemm_int8_grouped = gemm_int8_grouped;

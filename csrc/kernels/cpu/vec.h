@@ -8,6 +8,7 @@
 //   a + b, a - b, a * b, a / b
 //   fma(a, b, c)               a * b + c
 //   max(a, b), min(a, b)       NaN in b wins
+//   sqrt(a)                    correctly rounded
 //   abs(a), select_less(a, b, x, y)   lanes of x where a < b, else of y
 //   load_half(p), store_half(p, a)    sixteen IEEE binary16 (as uint16_t), to nearest even
 //   sum(a), max(a)             over the lanes

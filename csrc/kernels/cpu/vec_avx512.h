@@ -65,6 +65,7 @@ QN_INLINE Vec operator/(Vec a, Vec b) { return _mm512_div_ps(a.v, b.v); }
 QN_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a.v, b.v, c.v); }
 QN_INLINE Vec max(Vec a, Vec b) { return _mm512_max_ps(a.v, b.v); }
 QN_INLINE Vec min(Vec a, Vec b) { return _mm512_min_ps(a.v, b.v); }
+QN_INLINE Vec sqrt(Vec a) { return _mm512_sqrt_ps(a.v); }
 QN_INLINE Vec abs(Vec a) { return _mm512_abs_ps(a.v); }
 QN_INLINE Vec select_less(Vec a, Vec b, Vec x, Vec y) {
   return _mm512_mask_mov_ps(y.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), x.v);

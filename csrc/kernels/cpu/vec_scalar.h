@@ -62,6 +62,7 @@ QN_INLINE Vec operator/(Vec a, Vec b) { QN_LANEWISE(a.lane[i] / b.lane[i]); }
 QN_INLINE Vec fma(Vec a, Vec b, Vec c) { QN_LANEWISE(a.lane[i] * b.lane[i] + c.lane[i]); }
 QN_INLINE Vec max(Vec a, Vec b) { QN_LANEWISE(a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]); }
 QN_INLINE Vec min(Vec a, Vec b) { QN_LANEWISE(a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]); }
+QN_INLINE Vec sqrt(Vec a) { QN_LANEWISE(sqrtf(a.lane[i])); }
 QN_INLINE Vec abs(Vec a) { QN_LANEWISE(fabsf(a.lane[i])); }
 QN_INLINE Vec select_less(Vec a, Vec b, Vec x, Vec y) {
   QN_LANEWISE(a.lane[i] < b.lane[i] ? x.lane[i] : y.lane[i]);
