@@ -125,6 +125,29 @@ def test_gguf_tensors_are_decoded_under_the_names_of_their_generation(tmp_path, 
         )
 
 
+@pytest.mark.parametrize(("architecture", "changes"), KINDS)
+def test_native_kernels_give_the_logits_and_gradients_of_the_reference(
+    tmp_path, architecture, changes
+):
+    make_checkpoint(tmp_path, architecture, **changes)
+    batch = flat(ids(70), ids(45, seed=1))
+    targets = torch.tensor(ids(115, seed=2))
+    results = []
+    for kernels, dtype in (
+        ("native", torch.float32),
+        ("reference", torch.float64),
+        ("reference", torch.float32),
+    ):
+        model = Qwen.load(tmp_path, dtype, kernels)
+        model(*batch, targets=targets).backward()
+        with torch.no_grad():
+            hidden = model(*batch)
+        results.append([hidden, *(p.grad for p in model.parameters())])
+    for native, exact, plain in zip(*results, strict=True):
+        # Each of some twenty ops may be as far from float64 as NUMERICS.md allows gradients.
+        assert_contraction(native, exact, plain, factor=6.0)
+
+
 def check_against_engine(path: Path, model: Qwen, tokens: list[int]) -> None:
     """The engine's float32 may be as far from float64 as ours, four times for ~20 ops."""
     engine = torch.from_numpy(LLM(path, weights="f32").logits(tokens))

@@ -86,7 +86,8 @@ class ModelOptions:
         tokenizer: a folder with tokenizer files, or "bytes"; default: the checkpoint's own.
         precision: of parameters and activations. "bf16" keeps float32 master parameters and
             moments in the optimiser (16 bytes per parameter in all, as "fp32").
-        kernels: "native" for the package's own, "reference" for plain torch.
+        kernels: "native" for the package's own, which compute on the CPU; "reference" for plain
+            torch.
         activation_checkpointing: less memory for about a third more time.
         dropout: of the embeddings and of what each layer adds to the residual stream.
     """
@@ -95,7 +96,7 @@ class ModelOptions:
     shape: ShapeOptions | None = None
     tokenizer: str | None = None
     precision: Literal["bf16", "fp32"] = "bf16"
-    kernels: Literal["native", "reference"] = "reference"
+    kernels: Literal["native", "reference"] = "native"
     activation_checkpointing: bool = False
     dropout: float = 0.0
 

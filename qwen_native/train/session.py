@@ -232,6 +232,11 @@ def _path(options: ModelOptions) -> str | None:
 
 def open_model(options: ModelOptions, tokenizer: Tokenizer, context: int, processes: World) -> Qwen:
     """Load or make the model, in its precision, on its device, sharded under torchrun."""
+    if processes.device.type != "cpu" and options.kernels == "native":
+        raise ValueError(
+            f"model.kernels is native, which computes on the CPU, but the run is on "
+            f"{processes.device}; expected reference"
+        )
     checkpoint = None if options.shape else open_checkpoint(resolve_model(_path(options)))
     shape = checkpoint.config if checkpoint else new_config(options, tokenizer, context)
     if tokenizer.vocab_size > shape.vocab_size:

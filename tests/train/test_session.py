@@ -9,6 +9,7 @@ from train.tiny import ALONE, SHAPE, byte_tokenizer
 from qwen_native.train import session
 from qwen_native.train.cli import main
 from qwen_native.train.config import ModelOptions, ShapeOptions
+from qwen_native.train.distributed import World
 from qwen_native.train.pretrain import PretrainConfig
 from qwen_native.train.session import new_config, open_model, parse
 
@@ -78,6 +79,15 @@ def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(tmp_path):
     options = ModelOptions(shape=shape, tokenizer="bytes")
     with pytest.raises(ValueError, match="the tokenizer has 259 ids, the model only 200"):
         open_model(options, byte_tokenizer(tmp_path), 32, ALONE)
+
+
+def test_native_kernels_are_refused_elsewhere_than_on_the_cpu(tmp_path):
+    options = ModelOptions(shape=SHAPE, tokenizer="bytes")
+    elsewhere = World(0, 1, torch.device("meta"), distributed=False)
+    with pytest.raises(
+        ValueError, match="native, which computes on the CPU, but the run is on meta"
+    ):
+        open_model(options, byte_tokenizer(tmp_path), 32, elsewhere)
 
 
 def test_precision(tmp_path):

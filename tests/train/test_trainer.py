@@ -30,7 +30,8 @@ def source(tmp_path):
 
 
 def trajectory(folder, source, dtype=torch.float32, **options):
-    model = tiny_model(source.tokenizer, dtype, CONTEXT)
+    kernels = options.pop("kernels", "reference")
+    model = tiny_model(source.tokenizer, dtype, CONTEXT, kernels=kernels)
     model.activation_checkpointing = options.pop("recompute", False)
     train(folder, model, source, **options)
     return losses(folder)
@@ -54,6 +55,16 @@ def test_bf16_follows_fp32_in_any_split(tmp_path, source):
 def test_activation_checkpointing_changes_no_bit(tmp_path, source):
     plain = trajectory(tmp_path / "a", source)
     assert trajectory(tmp_path / "b", source, recompute=True) == plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_native_kernels_follow_the_reference_ops(tmp_path, source, dtype, recompute):
+    """In bf16 the two round in different places, each as far from float32."""
+    plain = trajectory(tmp_path / "a", source, dtype)
+    native = trajectory(tmp_path / "b", source, dtype, kernels="native", recompute=recompute)
+    rtol = 2e-4 if dtype == torch.float32 else 2.0**-8
+    np.testing.assert_allclose(native, plain, rtol=rtol)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
