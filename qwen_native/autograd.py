@@ -353,7 +353,8 @@ def _product(
 @torch.library.custom_op("qwen_native::linear", mutates_args=())
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     out = _product(_rows(x), weight, b_transposed=True, bias=bias)
-    return out.view(*x.shape[:-1], -1)
+    # Not a view where it can be avoided: autograd lets nobody add to one in place, as LoRA does.
+    return out if x.ndim == 2 else out.view(*x.shape[:-1], -1)
 
 
 @_linear.register_fake
