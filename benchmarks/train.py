@@ -7,6 +7,11 @@ turns for `--rounds` rounds. A step is forward, backward, clipping and AdamW on 
 Python's own sources in bfloat16. The peer has the settings that transformers' Trainer has by
 default: fused AdamW on bfloat16 state, scaled-dot-product attention, no recomputation.
 
+"lora" and "qlora" train adapters of rank 16 on all linear layers, the peer with PEFT on bfloat16
+weights, ours on bfloat16 and on int4 ones. "ppo_rollout" samples two answers of 64 tokens to each
+of 8 queries at top-p 0.9, ours with the hand-over of the weights to the native engine, the peer
+with `generate`; the "loss" is the answers' mean -log p, which differs with what was drawn.
+
 `speed_ratio` is the peer's median time over ours, `extra_memory_ratio` our peak memory beyond
 weights, gradients and optimiser state over the peer's. Both losses are printed: they have to agree.
 """
@@ -146,8 +151,141 @@ def full_peer(folder: Path) -> Side:
     return side
 
 
+RANK = 16  # of LoRA, on all linear layers
+QUERIES, ANSWERS, NEW_TOKENS = 8, 2, 64  # of a round of rollouts: 1024 tokens in all
+
+
+def adapter_ours(quantize: str | None) -> Side:
+    from qwen_native.nn import Qwen
+    from qwen_native.train import lora
+    from qwen_native.train.config import OptimOptions
+    from qwen_native.train.optim import AdamW
+
+    model = Qwen.load(None, torch.bfloat16, "native")
+    if quantize is not None:
+        lora.quantize_base(model, quantize)
+    lora.add_adapter(model, lora.LoraConfig(rank=RANK, alpha=RANK, dropout=0.0))
+    model.train()
+    options = OptimOptions(
+        RATE, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, weight_decay=WEIGHT_DECAY, clip_norm=CLIP
+    )
+    optimiser = AdamW(dict(model.named_parameters()), options)
+    positions, ends = torch.arange(TOKENS), torch.tensor([0, TOKENS], dtype=torch.int32)
+
+    def step(ids: Tensor) -> float:
+        clock = Clock(side.phases)
+        loss = model(ids[:-1], positions, ends, targets=ids[1:]) / TOKENS
+        clock.lap("forward")
+        loss.backward()
+        clock.lap("backward")
+        optimiser.step(RATE)
+        clock.lap("optimiser")
+        return float(loss.detach())
+
+    def state() -> Iterable[Tensor]:
+        adapters = lora.adapter_parameters(model)
+        packed = [m.packed for m in model.modules() if isinstance(m, lora.QuantizedLinear)]
+        codes = [torch.empty(weight.nbytes, dtype=torch.uint8, device="meta") for weight in packed]
+        moments = [*optimiser.mean.values(), *optimiser.square.values()]
+        return [*model.parameters(), *adapters, *codes, *moments]
+
+    side = Side(step, state)
+    return side
+
+
+def lora_ours(folder: Path) -> Side:
+    return adapter_ours(None)
+
+
+def qlora_ours(folder: Path) -> Side:
+    return adapter_ours("int4")
+
+
+def lora_peer(folder: Path) -> Side:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    base.config.use_cache = False
+    config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules="all-linear")
+    model = get_peft_model(base, config).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, RATE, BETAS, EPS, WEIGHT_DECAY, fused=True)
+
+    def step(ids: Tensor) -> float:
+        clock = Clock(side.phases)
+        loss = model(input_ids=ids[None], labels=ids[None]).loss
+        clock.lap("forward")
+        loss.backward()
+        clock.lap("backward")
+        torch.nn.utils.clip_grad_norm_(trained, CLIP)
+        optimiser.step()
+        optimiser.zero_grad()
+        clock.lap("optimiser")
+        return float(loss.detach())
+
+    def state() -> Iterable[Tensor]:
+        moments = [v for s in optimiser.state.values() for v in s.values()]
+        return [*model.parameters(), *trained, *moments]
+
+    side = Side(step, state)
+    return side
+
+
+def rollout_ours(folder: Path) -> Side:
+    """A round of PPO's rollouts with the hand-over of the weights; the "loss" is -log p."""
+    from qwen_native.nn import Qwen
+    from qwen_native.train.rollout import NativePolicy, Sampling
+
+    model = Qwen.load(None, torch.bfloat16, "native")
+    sampling = Sampling(NEW_TOKENS, top_p=0.9, n=ANSWERS)
+
+    def step(ids: Tensor) -> float:
+        clock = Clock(side.phases)
+        queries = ids[:-1].view(QUERIES, -1).tolist()
+        engine = NativePolicy(
+            model, context=256, cache_tokens=16384, threads=torch.get_num_threads()
+        )
+        clock.lap("hand-over")
+        responses = engine.sample(queries, sampling, [], 0)
+        clock.lap("sampling")
+        assert sum(len(r.tokens) for r in responses) == TOKENS
+        return -sum(p for r in responses for p in r.log_probs) / TOKENS
+
+    side = Side(step, model.parameters)
+    return side
+
+
+def rollout_peer(folder: Path) -> Side:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+
+    @torch.no_grad()
+    def step(ids: Tensor) -> float:
+        clock = Clock(side.phases)
+        queries = ids[:-1].view(QUERIES, -1)
+        done = model.generate(
+            queries, attention_mask=torch.ones_like(queries), do_sample=True, top_p=0.9, top_k=0,
+            temperature=1.0, repetition_penalty=1.0, num_return_sequences=ANSWERS,
+            min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS, pad_token_id=0,
+            return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        clock.lap("sampling")
+        drawn = done.sequences[:, queries.shape[1] :]
+        logits = torch.stack(done.logits, 1).float()
+        assert drawn.numel() == TOKENS
+        return -float(logits.log_softmax(-1).gather(2, drawn[..., None]).mean())
+
+    side = Side(step, model.parameters)
+    return side
+
+
 CASES: dict[str, tuple[Callable[[Path], Side], Callable[[Path], Side]]] = {
-    "full": (full_ours, full_peer)
+    "full": (full_ours, full_peer),
+    "lora": (lora_ours, lora_peer),
+    "qlora": (qlora_ours, lora_peer),
+    "ppo_rollout": (rollout_ours, rollout_peer),
 }
 
 
