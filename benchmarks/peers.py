@@ -1,136 +1,219 @@
-"""qwen_native beside llama.cpp: the same weights, the same machine, the same minutes.
+"""qwen_native beside llama.cpp and OpenVINO GenAI: the same weights, machine and minutes.
 
-Needs llama-cpp-python, built with clang so that it uses AMX where the host has it:
+Nothing is installed from here. llama.cpp comes from llama-cpp-python, built with clang so that it
+uses AMX where the host has it; OpenVINO needs optimum-intel to convert the checkpoint, which may
+live in an environment of its own (it asks for older versions of transformers):
 
     apt-get install clang-16
     CC=clang-16 CXX=clang++-16 CMAKE_ARGS="-DGGML_NATIVE=ON -DGGML_OPENMP=OFF" \\
         pip install --no-binary llama-cpp-python llama-cpp-python
+    pip install openvino-genai
+    python -m venv ov && ov/bin/pip install optimum-intel nncf openvino
 
-Then, for the demo model:
+Then, for the demo model and for a random Qwen-1.8B:
 
-    python benchmarks/peers.py --threads 2 --prompt 512,2048 --gen 64 --depth 0,4096 --batch 16
+    python benchmarks/peers.py --prompt 512,2048 --depth 0,4096 --batch 1,16 \\
+        --optimum ov/bin/optimum-cli
+    python benchmarks/peers.py --random 1.8b --weights int8 --prompt 512 --gen 16
+    python benchmarks/peers.py --quality --json --plot peers.png
 
-Both engines are loaded once; every round measures ours and theirs in turn, so that both see the
-same disturbances. The weights of the peer are requantised from the same file (Q4_0 for int4, Q8_0
-for int8). Prints medians and their ratio; --json writes everything to benchmarks/results/.
+All engines are loaded once; every round measures each in turn, so that all see the same
+disturbances. llama.cpp's weights are requantised from the same file (Q4_0 for int4, Q8_0 for int8),
+OpenVINO's from its float values. Prints medians, our spread, and the medians of the ratios; --json
+writes everything to benchmarks/results/.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
+import importlib.util
 import json
 import statistics
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from engines import LLAMA_TYPES, Engine, LlamaCpp, Native, OnItsThread, OpenVino
 from harness import RESULTS, machine
+from random_model import SHAPES, random_model
 
 from qwen_native import _C, LLM
-from qwen_native.bench import Benchmark
-from qwen_native.hub import cache_folder, resolve_model
+from qwen_native.bench import Measurement
+from qwen_native.hub import resolve_model
+from qwen_native.quantize import Sample
 
-try:
-    import llama_cpp
-except ImportError:
-    sys.exit(f"peers.py: llama-cpp-python is not installed.\n{__doc__}")
-
-PEER_TYPES = {"int4": "Q4_0", "int8": "Q8_0"}
+PEERS = {"llama.cpp": "llama_cpp", "openvino": "openvino_genai"}
+QUALITY_WINDOWS, QUALITY_LENGTH = 6, 512
 
 
-def peer_file(source: Path, weights: str) -> Path:
-    """The checkpoint requantised by llama.cpp, made once beside our cache."""
-    target = cache_folder() / f"{source.stem}.{PEER_TYPES[weights].lower()}.gguf"
-    if not target.exists():
-        params = llama_cpp.llama_model_quantize_default_params()
-        params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{PEER_TYPES[weights]}")
-        params.allow_requantize = True
-        partial = target.with_suffix(".part")
-        status = llama_cpp.llama_model_quantize(
-            str(source).encode(), str(partial).encode(), ctypes.byref(params)
+def load_peers(path: Path, options: argparse.Namespace, longest: int, most: int) -> list[Engine]:
+    """The peers that were asked for; by default those that are installed."""
+    installed = [name for name, module in PEERS.items() if importlib.util.find_spec(module)]
+    wanted = options.peers.split(",") if options.peers else installed
+    for name in wanted:
+        if name not in PEERS:
+            sys.exit(f"peers.py: peer is {name!r}, expected one of {', '.join(PEERS)}")
+        if name not in installed:
+            sys.exit(f"peers.py: {name} is not installed.\n{__doc__}")
+    peers: list[Engine] = []
+    if "llama.cpp" in wanted:
+        file = LlamaCpp.requantised(path, options.weights)
+        peers.append(
+            OnItsThread(lambda: LlamaCpp(file, options.weights, options.threads, longest, most))
         )
-        if status != 0:
-            sys.exit(f"peers.py: llama.cpp could not requantise {source}, status {status}")
-        partial.rename(target)
-    return target
+    if "openvino" in wanted:
+        folder = OpenVino.exported(path, options.weights, options.optimum)
+        peers.append(OnItsThread(lambda: OpenVino(folder, options.weights, options.threads)))
+    for name in PEERS.keys() - set(wanted):
+        print(f"without {name}")
+    return peers
 
 
-class Peer:
-    """llama.cpp through its C API, without the Python layer's copies of the logits."""
+def measure(
+    ours: Native,
+    peers: Sequence[Engine],
+    describe: Callable[[list[float]], Measurement],
+    tokens: int,
+    seconds: Callable[[Engine], float | None],
+    rounds: int,
+) -> dict[str, Any]:
+    """Tokens per second of every engine over `rounds`, measured in turn."""
+    engines: list[Engine] = [ours, *peers]
+    engines = [engine for engine in engines if seconds(engine) is not None]  # and warms up
+    times: dict[str, list[float]] = {engine.name: [] for engine in engines}
+    for _ in range(rounds):
+        for engine in engines:
+            times[engine.name].append(seconds(engine) or 0.0)
+    mine = times[ours.name]
+    row = describe(mine).to_json()
+    row["engines"] = {
+        name: {
+            "tokens_per_second": statistics.median(tokens / t for t in all_times),
+            "all": [tokens / t for t in all_times],
+            "ratio": statistics.median(t / own for t, own in zip(all_times, mine, strict=True)),
+        }
+        for name, all_times in times.items()
+    }
+    return row
 
-    def __init__(self, path: Path, threads: int, context: int, sequences: int) -> None:
-        """`context` tokens for one sequence, or shared by `sequences` of them."""
-        llama_cpp.llama_backend_init()
-        model_params = llama_cpp.llama_model_default_params()
-        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx = context
-        params.n_batch = params.n_ubatch = 512
-        params.n_seq_max = sequences
-        params.kv_unified = True
-        params.n_threads = params.n_threads_batch = threads
-        self.context = llama_cpp.llama_init_from_model(self.model, params)
-        self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
 
-    def _decode(self, ids: list[int]) -> None:
-        for begin in range(0, len(ids), 512):
-            chunk = ids[begin : begin + 512]
-            array = (llama_cpp.llama_token * len(chunk))(*chunk)
-            status = llama_cpp.llama_decode(
-                self.context, llama_cpp.llama_batch_get_one(array, len(chunk))
+def print_row(row: dict[str, Any], names: Sequence[str]) -> None:
+    label = (
+        f"prefill {row['tokens']}"
+        if row["kind"] == "prefill"
+        else f"decode {row['tokens']}, depth {row['depth']}, batch {row['batch']}"
+    )
+    cells = [f"{label:34}{row['engines'][names[0]]['tokens_per_second']:9.1f}"]
+    cells.append(f"{row['spread']:6.0%}{row['bandwidth_share']:7.0%}{row['peak_share']:6.0%}")
+    for name in names[1:]:
+        of = row["engines"].get(name)
+        cells.append(
+            f"{of['tokens_per_second']:11.1f}{of['ratio']:8.2f}x" if of else f"{'-':>11}{'':9}"
+        )
+    print("".join(cells), flush=True)
+
+
+def quality(path: Path, ours: Native, peers: Sequence[Engine]) -> list[dict[str, Any]]:
+    """Mean KL divergence from float32, changed most probable tokens and perplexity, on the second
+    halves of windows of text that no calibration has seen; ours as prompts and as single steps.
+    """
+    tokenizer = ours.llm.tokenizer
+    if tokenizer is None:
+        sys.exit(f"peers.py: {path} has no tokenizer, expected one for --quality")
+    text = Sample.default().held_out
+    assert isinstance(text, str)
+    ids = np.array(tokenizer.encode(text)[: QUALITY_WINDOWS * QUALITY_LENGTH])
+    windows = ids.reshape(-1, QUALITY_LENGTH)
+    last = QUALITY_LENGTH // 2
+    full = LLM(path, weights="f32", threads=ours.llm.threads, packed_cache=False)
+    exact = [log_softmax(full.logits(window.tolist(), last=last)) for window in windows]
+    del full
+
+    rows = []
+
+    def judge(name: str, bits: float, logits: Callable[[list[int]], npt.NDArray[Any]]) -> None:
+        divergence, flips, likelihood = [], [], []
+        for window, p in zip(windows, exact, strict=True):
+            q = log_softmax(logits(window.tolist())[:, : p.shape[1]])
+            divergence.append((np.exp(p) * (p - q)).sum(-1))
+            flips.append(p.argmax(-1) != q.argmax(-1))
+            targets = window[-last + 1 :]
+            likelihood.append(q[np.arange(last - 1), targets])
+        row = {
+            "name": name,
+            "bits_per_weight": bits,
+            "mean_kl": float(np.mean(divergence)),
+            "top1_flips": float(np.mean(flips)),
+            "perplexity": float(np.exp(-np.mean(likelihood))),
+        }
+        rows.append(row)
+        print(
+            f"{name:34}{bits:9.2f}{row['mean_kl']:10.4f}{row['top1_flips']:8.1%}"
+            f"{row['perplexity']:12.3f}",
+            flush=True,
+        )
+
+    weights = sum(count for count, _ in ours.llm.model.bytes_by_format.values())
+    print(f"\n{'quality':34}{'bits':>9}{'mean KL':>10}{'flips':>8}{'perplexity':>12}")
+    bits = 8 * ours.file_bytes / weights
+    judge("float32", 32, lambda ids: exact_logits(exact, windows, ids))
+    judge(f"{ours.name}, prompts", bits, lambda ids: ours.logits(ids, last))
+    judge(f"{ours.name}, single steps", bits, lambda ids: ours.logits_of_single_steps(ids, last))
+    for peer in peers:
+        judge(
+            peer.name, 8 * peer.file_bytes / weights, lambda ids, peer=peer: peer.logits(ids, last)
+        )
+    return rows
+
+
+def exact_logits(
+    exact: Sequence[npt.NDArray[Any]], windows: npt.NDArray[Any], ids: list[int]
+) -> npt.NDArray[Any]:
+    """The reference's own log-probabilities, for the row that shows its perplexity."""
+    return exact[next(i for i, window in enumerate(windows) if window.tolist() == ids)]
+
+
+def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return shifted
+
+
+def plot(rows: Sequence[dict[str, Any]], names: Sequence[str], target: Path) -> None:
+    """Tokens per second against prompt length, depth and batch, one panel each."""
+    from matplotlib.figure import Figure
+
+    panels = [
+        ("prompt tokens", "tokens", [r for r in rows if r["kind"] == "prefill"]),
+        ("tokens in the cache", "depth", [r for r in rows if r["kind"] != "prefill"]),
+        ("sequences together", "batch", [r for r in rows if r["kind"] != "prefill"]),
+    ]
+    panels[1] = (*panels[1][:2], [r for r in panels[1][2] if r["batch"] == 1])
+    panels[2] = (*panels[2][:2], [r for r in panels[2][2] if r["depth"] == 0])
+    panels = [panel for panel in panels if panel[2]]
+    figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
+    for axes, (label, key, points) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        for name in names:
+            known = [r for r in points if name in r["engines"]]
+            axes.plot(
+                [r[key] for r in known],
+                [r["engines"][name]["tokens_per_second"] for r in known],
+                marker="o",
+                label=name,
             )
-            if status != 0:
-                sys.exit(f"peers.py: llama_decode failed with {status}")
-        llama_cpp.llama_synchronize(self.context)
-
-    def _clear(self) -> None:
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.context), True)
-
-    def prefill_seconds(self, tokens: int) -> float:
-        ids = np.random.default_rng(tokens).integers(0, self.vocab, tokens).tolist()
-        self._clear()
-        begin = time.perf_counter()
-        self._decode(ids)
-        return time.perf_counter() - begin
-
-    def decode_seconds(self, tokens: int, depth: int) -> float:
-        ids = np.random.default_rng(0).integers(0, self.vocab, max(depth, 1)).tolist()
-        self._clear()
-        self._decode(ids)
-        begin = time.perf_counter()
-        token = ids[-1]
-        for _ in range(tokens):
-            self._decode([token])
-            logits = llama_cpp.llama_get_logits(self.context)
-            token = int(np.ctypeslib.as_array(logits, shape=(self.vocab,)).argmax())
-        return time.perf_counter() - begin
-
-    def batch_seconds(self, tokens: int, sequences: int) -> float:
-        """`tokens` steps of that many sequences together, from an empty cache."""
-        self._clear()
-        batch = llama_cpp.llama_batch_init(sequences, 0, 1)
-        batch.n_tokens = sequences
-        ids = np.random.default_rng(0).integers(0, self.vocab, sequences).tolist()
-        begin = time.perf_counter()
-        for position in range(tokens):
-            for i in range(sequences):
-                batch.token[i] = ids[i]
-                batch.pos[i] = position
-                batch.n_seq_id[i] = 1
-                batch.seq_id[i][0] = i
-                batch.logits[i] = 1
-            status = llama_cpp.llama_decode(self.context, batch)
-            if status != 0:
-                sys.exit(f"peers.py: llama_decode failed with {status}")
-            for i in range(sequences):
-                logits = llama_cpp.llama_get_logits_ith(self.context, i)
-                ids[i] = int(np.ctypeslib.as_array(logits, shape=(self.vocab,)).argmax())
-        seconds = time.perf_counter() - begin
-        llama_cpp.llama_batch_free(batch)
-        return seconds
+        axes.set(xlabel=label, ylim=(0, None))
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("tokens per second")
+    figure.axes[0].legend()
+    figure.savefig(target, dpi=120)
+    print(target)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -138,86 +221,84 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", help="a .gguf file; default: the demo model")
-    parser.add_argument("--weights", choices=sorted(PEER_TYPES), default="int4")
-    parser.add_argument("--kv-dtype", default="auto", help="our KV cache; theirs is f16")
+    parser.add_argument("--random", choices=sorted(SHAPES), help="random weights of this shape")
+    parser.add_argument("--weights", choices=sorted(LLAMA_TYPES), default="int4")
+    parser.add_argument("--kv-dtype", default="auto", help="our KV cache; theirs is f16 or u8")
+    parser.add_argument("--peers", help="llama.cpp,openvino; default: those that are installed")
+    parser.add_argument("--optimum", default="optimum-cli", help="converts for OpenVINO")
     parser.add_argument("--threads", type=int, default=_C.thread_budget()["threads"])
     parser.add_argument("--prompt", default="512", help="prompt lengths, e.g. 512,2048")
     parser.add_argument("--gen", type=int, default=64, help="tokens generated per decode case")
     parser.add_argument("--depth", default="0", help="cache depths of the decode, e.g. 0,4096")
-    parser.add_argument("--batch", default="", help="sequences decoded together, e.g. 4,16")
+    parser.add_argument("--batch", default="1", help="sequences decoded together, e.g. 1,4,16")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quality", action="store_true", help="also KL, flips and perplexity")
     parser.add_argument("--json", action="store_true", help="write benchmarks/results/peers-*.json")
+    parser.add_argument("--plot", type=Path, help="a PNG of tokens per second")
     options = parser.parse_args(argv)
 
-    path = resolve_model(options.model)
-    llm = LLM(path, weights=options.weights, threads=options.threads, kv_dtype=options.kv_dtype)
-    ours = Benchmark(llm)
-    prompts = [int(n) for n in options.prompt.split(",")]
-    depths = [int(n) for n in options.depth.split(",")]
-    batches = [int(n) for n in options.batch.split(",") if n]
-    most = max(batches, default=1)
-    longest = max(*prompts, max(depths) + options.gen, most * options.gen) + 64
-    theirs = Peer(peer_file(path, options.weights), options.threads, longest, most)
+    path = random_model(options.random) if options.random else resolve_model(options.model)
+    prompts, depths, batches = (
+        [int(n) for n in text.split(",") if n]
+        for text in (options.prompt, options.depth, options.batch)
+    )
+    most, gen = max(batches, default=1), options.gen
+    longest = max([*prompts, *(depth + gen for depth in depths), most * gen, QUALITY_LENGTH]) + 64
+    ours = Native(path, options.weights, options.kv_dtype, options.threads)
+    peers = load_peers(path, options, longest, most)
+    names = [ours.name, *(peer.name for peer in peers)]
 
-    cases: list[tuple[str, Any, Any, int]] = [
-        (
-            f"prefill {n}",
-            lambda n=n: ours.prefill_seconds(n),
-            lambda n=n: theirs.prefill_seconds(n),
-            n,
-        )
-        for n in prompts
-    ]
-    cases += [
-        (
-            f"decode {options.gen} at depth {d}",
-            lambda d=d: ours.decode_seconds(options.gen, d, 1),
-            lambda d=d: theirs.decode_seconds(options.gen, d),
-            options.gen,
-        )
-        for d in depths
-    ]
-    cases += [
-        (
-            f"decode {options.gen}, batch {b}",
-            lambda b=b: ours.decode_seconds(options.gen, 0, b),
-            lambda b=b: theirs.batch_seconds(options.gen, b),
-            options.gen * b,
-        )
-        for b in batches
-    ]
-    rows = []
-    peer_name = f"llama.cpp {PEER_TYPES[options.weights]}"
-    print(f"{'case':28} {'ours t/s':>10} {peer_name + ' t/s':>20} {'ratio':>7}")
-    for name, our_seconds, their_seconds, tokens in cases:
-        our_seconds(), their_seconds()  # warm up
-        pairs = [(our_seconds(), their_seconds()) for _ in range(options.rounds)]
-        ours_median = statistics.median(tokens / mine for mine, _ in pairs)
-        theirs_median = statistics.median(tokens / other for _, other in pairs)
-        ratio = statistics.median(other / mine for mine, other in pairs)
-        print(f"{name:28} {ours_median:10.1f} {theirs_median:20.1f} {ratio:7.2f}", flush=True)
-        rows.append(
-            {
-                "case": name,
-                "ours": ours_median,
-                "peer": theirs_median,
-                "ratio": ratio,
-                "ours_all": [tokens / mine for mine, _ in pairs],
-                "peer_all": [tokens / other for _, other in pairs],
-            }
-        )
+    heads = "".join(f"{name:>12}{'ratio':>8}" for name in names[1:])
+    print(f"{'tokens per second':34}{'ours':>9}{'±':>6}{'memory':>7}{'peak':>6}{heads}")
+    benchmark, rows = ours.benchmark, []
+    cases: list[tuple[str, int, int, int]] = [("prefill", n, 0, 1) for n in prompts]
+    cases += [("decode", gen, depth, 1) for depth in depths]
+    cases += [("decode", gen, 0, batch) for batch in batches if batch > 1]
+    for kind, tokens, depth, batch in cases:
+
+        def seconds(
+            engine: Engine,
+            kind: str = kind,
+            n: int = tokens,
+            depth: int = depth,
+            batch: int = batch,
+        ) -> float | None:
+            if kind == "prefill":
+                return engine.prefill_seconds(n)
+            return engine.batch_seconds(n, batch) if batch > 1 else engine.decode_seconds(n, depth)
+
+        def describe(
+            times: list[float],
+            kind: str = kind,
+            n: int = tokens,
+            depth: int = depth,
+            batch: int = batch,
+        ) -> Measurement:
+            return benchmark.measurement(kind, n, depth, batch, times)
+
+        row = measure(ours, peers, describe, tokens * batch, seconds, options.rounds)
+        print_row(row, names)
+        rows.append(row)
+    judged = quality(path, ours, peers) if options.quality else []
+    if options.plot:
+        plot(rows, names, options.plot)
     if options.json:
         record = {
             "machine": machine(),
             "isa": _C.active_isa(),
             "threads": options.threads,
+            "model": path.name,
             "weights": options.weights,
-            "bytes_by_format": llm.model.bytes_by_format,
-            "peer": f"llama-cpp-python {llama_cpp.__version__} {PEER_TYPES[options.weights]}",
-            "peaks": ours.peaks,
+            "kv_dtype": ours.llm.kv_dtype,
+            "bytes_by_format": ours.llm.model.bytes_by_format,
+            "bytes_per_token": benchmark.weight_bytes(),
+            "peaks": benchmark.peaks,
             "results": rows,
+            "quality": judged,
         }
-        target = RESULTS / f"peers-{options.weights}-{time.strftime('%Y%m%d-%H%M%S')}.json"
+        model = options.random or "demo" if not options.model else path.stem
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        target = RESULTS / f"peers-{model}-{options.weights}-{stamp}.json"
         target.write_text(json.dumps(record, indent=1))
         print(target)
 

@@ -93,12 +93,12 @@ class Benchmark:
         self.decode_seconds(_WARM_UP_TOKENS, depth=1, batch=1)
         for tokens in prompts:
             times = [self.prefill_seconds(tokens) for _ in range(self.repeats)]
-            yield self._measurement("prefill", tokens, 0, 1, tokens, times)
+            yield self.measurement("prefill", tokens, 0, 1, times)
         if gen > 0:
             for depth in depths:
                 for batch in batches:
                     times = [self.decode_seconds(gen, depth, batch) for _ in range(self.repeats)]
-                    yield self._measurement("decode", gen, depth, batch, gen * batch, times)
+                    yield self.measurement("decode", gen, depth, batch, times)
 
     def prefill_seconds(self, tokens: int) -> float:
         """Seconds from a request with `tokens` random tokens to its first token."""
@@ -135,9 +135,11 @@ class Benchmark:
         )
         return request
 
-    def _measurement(
-        self, kind: str, tokens: int, depth: int, batch: int, total: int, times: list[float]
+    def measurement(
+        self, kind: str, tokens: int, depth: int, batch: int, times: list[float]
     ) -> Measurement:
+        """What the times of one case say beside the machine's peaks."""
+        total = tokens * batch
         seconds = statistics.median(times)
         steps = 1 if kind == "prefill" else tokens
         mean_depth = depth + tokens / 2
