@@ -68,7 +68,7 @@ def test_memory_lean(tmp_path):
     base = [p.clone() for p in loop.policy.parameters() if not p.requires_grad]
     loop.train()
     rewards = tiny.metrics_of(tmp_path, "reward")
-    assert np.mean(rewards[:2]) < 0.6 and np.mean(rewards[-2:]) > 0.67
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.1
     check_exactness_and_kl(tmp_path)
     still = [p for p in loop.policy.parameters() if not p.requires_grad]
     assert all(torch.equal(a, b) for a, b in zip(base, still, strict=True))
