@@ -332,8 +332,12 @@ def _product(
     out: Tensor | None = None,
     add: bool = False,
 ) -> Tensor:
-    """a b + bias, by our kernel where there is one for the dtype and the level, else by torch."""
-    if a.dtype == b.dtype == torch.bfloat16 and ops.has_matmul():
+    """a b + bias: gradients of weights by our kernel where the level has it, the rest by torch.
+
+    With a transposed and k as small as a batch, ours was 1.1 times as fast as torch's, otherwise
+    slower, and it adds to `out` in float32.
+    """
+    if a_transposed and a.dtype == b.dtype == torch.bfloat16 and ops.has_matmul():
         result: Tensor = ops.matmul(
             _dense(a),
             _dense(b),
@@ -405,7 +409,7 @@ _linear.register_autograd(_linear_backward, setup_context=_linear_setup)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x weight^T + bias.
 
-    Torch multiplies, except bfloat16 matrices where the active level is "amx".
+    Torch multiplies, except for the weight's gradient in bfloat16 at the level "amx".
 
     Args:
         x: [..., cols], float32 or bfloat16.
