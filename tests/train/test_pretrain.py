@@ -87,7 +87,9 @@ def small(tmp_path: Path, name: str) -> list[str]:
 def test_kill_9_and_resume_give_the_uninterrupted_losses(tmp_path):
     assert main(small(tmp_path, "a")) == 0
     killed = small(tmp_path, "b")
-    process = subprocess.Popen(command(*killed), env=environment(), stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(*killed), env=environment(), cwd=tmp_path, stderr=subprocess.DEVNULL
+    )
     metrics = tmp_path / "b" / "run" / "metrics.jsonl"
     try:
         for _ in range(6000):

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import qwen_native
 from qwen_native.nn import Qwen
 from qwen_native.token_files import byte_tokenizer_json
 from qwen_native.tokenizer import Tokenizer
@@ -83,7 +85,9 @@ def command(*arguments: str, processes: int = 0) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    path = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+    """For commands that find the package where this process did, if their folder is another."""
+    package = Path(qwen_native.__file__).parent.parent
+    path = f"{package}:{os.environ.get('PYTHONPATH', '')}"
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
@@ -91,7 +95,8 @@ def run_command(*arguments: str, processes: int = 0) -> str:
     """Run a training command to its end; its standard error."""
     result = subprocess.run(
         command(*arguments, processes=processes),
-        env=environment(), capture_output=True, text=True, timeout=300, check=False,
+        env=environment(), cwd=tempfile.gettempdir(), capture_output=True, text=True, timeout=300,
+        check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return result.stderr
