@@ -86,8 +86,8 @@ PackedAttentionArgs common_args(const char* op, const TensorView& out, const Ten
     }
   }
   // The longest documents first, so that the threads finish together.
-  std::stable_sort(items, items + item_count,
-                   [](const auto& a, const auto& b) { return a.length > b.length; });
+  std::sort(items, items + item_count,
+            [](const auto& a, const auto& b) { return a.length > b.length; });
   args.items = items;
   return args;
 }
