@@ -31,9 +31,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +42,6 @@ from harness import RESULTS, machine
 from random_model import SHAPES, random_model
 
 from qwen_native import _C, LLM
-from qwen_native.bench import Measurement
 from qwen_native.hub import resolve_model
 from qwen_native.quantize import Sample
 
@@ -73,23 +72,35 @@ def load_peers(path: Path, options: argparse.Namespace, longest: int, most: int)
     return peers
 
 
+class BenchmarkCase(NamedTuple):
+    """`tokens` of a prompt, or steps of `batch` sequences with `depth` tokens in the cache."""
+
+    kind: str  # "prefill" or "decode"
+    tokens: int
+    depth: int
+    batch: int
+
+    def seconds(self, engine: Engine) -> float | None:
+        if self.kind == "prefill":
+            return engine.prefill_seconds(self.tokens)
+        if self.batch > 1:
+            return engine.batch_seconds(self.tokens, self.batch)
+        return engine.decode_seconds(self.tokens, self.depth)
+
+
 def measure(
-    ours: Native,
-    peers: Sequence[Engine],
-    describe: Callable[[list[float]], Measurement],
-    tokens: int,
-    seconds: Callable[[Engine], float | None],
-    rounds: int,
+    ours: Native, peers: Sequence[Engine], case: BenchmarkCase, rounds: int
 ) -> dict[str, Any]:
     """Tokens per second of every engine over `rounds`, measured in turn."""
     engines: list[Engine] = [ours, *peers]
-    engines = [engine for engine in engines if seconds(engine) is not None]  # and warms up
+    engines = [engine for engine in engines if case.seconds(engine) is not None]  # and warms up
     times: dict[str, list[float]] = {engine.name: [] for engine in engines}
     for _ in range(rounds):
         for engine in engines:
-            times[engine.name].append(seconds(engine) or 0.0)
+            times[engine.name].append(case.seconds(engine) or 0.0)
     mine = times[ours.name]
-    row = describe(mine).to_json()
+    tokens = case.tokens * case.batch
+    row = ours.benchmark.measurement(*case, mine).to_json()
     row["engines"] = {
         name: {
             "tokens_per_second": statistics.median(tokens / t for t in all_times),
@@ -135,10 +146,10 @@ def quality(path: Path, ours: Native, peers: Sequence[Engine]) -> list[dict[str,
 
     rows = []
 
-    def judge(name: str, bits: float, logits: Callable[[list[int]], npt.NDArray[Any]]) -> None:
+    def judge(name: str, bits: float, logits: Iterable[npt.NDArray[Any]]) -> None:
         divergence, flips, likelihood = [], [], []
-        for window, p in zip(windows, exact, strict=True):
-            q = log_softmax(logits(window.tolist())[:, : p.shape[1]])
+        for window, p, approximate in zip(windows, exact, logits, strict=True):
+            q = log_softmax(approximate[:, : p.shape[1]])
             divergence.append((np.exp(p) * (p - q)).sum(-1))
             flips.append(p.argmax(-1) != q.argmax(-1))
             targets = window[-last + 1 :]
@@ -160,21 +171,15 @@ def quality(path: Path, ours: Native, peers: Sequence[Engine]) -> list[dict[str,
     weights = sum(count for count, _ in ours.llm.model.bytes_by_format.values())
     print(f"\n{'quality':34}{'bits':>9}{'mean KL':>10}{'flips':>8}{'perplexity':>12}")
     bits = 8 * ours.file_bytes / weights
-    judge("float32", 32, lambda ids: exact_logits(exact, windows, ids))
-    judge(f"{ours.name}, prompts", bits, lambda ids: ours.logits(ids, last))
-    judge(f"{ours.name}, single steps", bits, lambda ids: ours.logits_of_single_steps(ids, last))
+    texts = [window.tolist() for window in windows]
+    steps = (ours.logits_of_single_steps(ids, last) for ids in texts)
+    judge("float32", 32, exact)
+    judge(f"{ours.name}, prompts", bits, (ours.logits(ids, last) for ids in texts))
+    judge(f"{ours.name}, single steps", bits, steps)
     for peer in peers:
-        judge(
-            peer.name, 8 * peer.file_bytes / weights, lambda ids, peer=peer: peer.logits(ids, last)
-        )
+        bits = 8 * peer.file_bytes / weights
+        judge(peer.name, bits, (peer.logits(ids, last) for ids in texts))
     return rows
-
-
-def exact_logits(
-    exact: Sequence[npt.NDArray[Any]], windows: npt.NDArray[Any], ids: list[int]
-) -> npt.NDArray[Any]:
-    """The reference's own log-probabilities, for the row that shows its perplexity."""
-    return exact[next(i for i, window in enumerate(windows) if window.tolist() == ids)]
 
 
 def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
@@ -188,13 +193,13 @@ def plot(rows: Sequence[dict[str, Any]], names: Sequence[str], target: Path) -> 
     """Tokens per second against prompt length, depth and batch, one panel each."""
     from matplotlib.figure import Figure
 
+    prefills = [r for r in rows if r["kind"] == "prefill"]
+    decodes = [r for r in rows if r["kind"] == "decode"]
     panels = [
-        ("prompt tokens", "tokens", [r for r in rows if r["kind"] == "prefill"]),
-        ("tokens in the cache", "depth", [r for r in rows if r["kind"] != "prefill"]),
-        ("sequences together", "batch", [r for r in rows if r["kind"] != "prefill"]),
+        ("prompt tokens", "tokens", prefills),
+        ("tokens in the cache", "depth", [r for r in decodes if r["batch"] == 1]),
+        ("sequences together", "batch", [r for r in decodes if r["depth"] == 0]),
     ]
-    panels[1] = (*panels[1][:2], [r for r in panels[1][2] if r["batch"] == 1])
-    panels[2] = (*panels[2][:2], [r for r in panels[2][2] if r["depth"] == 0])
     panels = [panel for panel in panels if panel[2]]
     figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
     for axes, (label, key, points) in zip(
@@ -250,33 +255,12 @@ def main(argv: list[str] | None = None) -> None:
 
     heads = "".join(f"{name:>12}{'ratio':>8}" for name in names[1:])
     print(f"{'tokens per second':34}{'ours':>9}{'±':>6}{'memory':>7}{'peak':>6}{heads}")
-    benchmark, rows = ours.benchmark, []
-    cases: list[tuple[str, int, int, int]] = [("prefill", n, 0, 1) for n in prompts]
-    cases += [("decode", gen, depth, 1) for depth in depths]
-    cases += [("decode", gen, 0, batch) for batch in batches if batch > 1]
-    for kind, tokens, depth, batch in cases:
-
-        def seconds(
-            engine: Engine,
-            kind: str = kind,
-            n: int = tokens,
-            depth: int = depth,
-            batch: int = batch,
-        ) -> float | None:
-            if kind == "prefill":
-                return engine.prefill_seconds(n)
-            return engine.batch_seconds(n, batch) if batch > 1 else engine.decode_seconds(n, depth)
-
-        def describe(
-            times: list[float],
-            kind: str = kind,
-            n: int = tokens,
-            depth: int = depth,
-            batch: int = batch,
-        ) -> Measurement:
-            return benchmark.measurement(kind, n, depth, batch, times)
-
-        row = measure(ours, peers, describe, tokens * batch, seconds, options.rounds)
+    rows = []
+    cases = [BenchmarkCase("prefill", n, 0, 1) for n in prompts]
+    cases += [BenchmarkCase("decode", gen, depth, 1) for depth in depths]
+    cases += [BenchmarkCase("decode", gen, 0, batch) for batch in batches if batch > 1]
+    for case in cases:
+        row = measure(ours, peers, case, options.rounds)
         print_row(row, names)
         rows.append(row)
     judged = quality(path, ours, peers) if options.quality else []
@@ -291,12 +275,12 @@ def main(argv: list[str] | None = None) -> None:
             "weights": options.weights,
             "kv_dtype": ours.llm.kv_dtype,
             "bytes_by_format": ours.llm.model.bytes_by_format,
-            "bytes_per_token": benchmark.weight_bytes(),
-            "peaks": benchmark.peaks,
+            "bytes_per_token": ours.benchmark.weight_bytes(),
+            "peaks": ours.benchmark.peaks,
             "results": rows,
             "quality": judged,
         }
-        model = options.random or "demo" if not options.model else path.stem
+        model = options.random or ("demo" if options.model is None else path.stem)
         stamp = time.strftime("%Y%m%d-%H%M%S")
         target = RESULTS / f"peers-{model}-{options.weights}-{stamp}.json"
         target.write_text(json.dumps(record, indent=1))

@@ -82,40 +82,78 @@ class Clock:
         self.last = now
 
 
-def full_ours(folder: Path) -> Side:
-    from qwen_native.nn import Qwen
-    from qwen_native.train.config import OptimOptions
-    from qwen_native.train.optim import AdamW
-
-    model = Qwen.load(None, torch.bfloat16, "native").train()
-    options = OptimOptions(
-        learning_rate=RATE,
-        beta1=BETAS[0],
-        beta2=BETAS[1],
-        eps=EPS,
-        weight_decay=WEIGHT_DECAY,
-        clip_norm=CLIP,
-    )
-    optimiser = AdamW(dict(model.named_parameters()), options)
-    positions, ends = torch.arange(TOKENS), torch.tensor([0, TOKENS], dtype=torch.int32)
+def training_side(
+    loss_of: Callable[[Tensor], Tensor],
+    update: Callable[[], object],
+    state: Callable[[], Iterable[Tensor]],
+) -> Side:
+    """A step of forward, backward and `update`."""
 
     def step(ids: Tensor) -> float:
         clock = Clock(side.phases)
-        loss = model(ids[:-1], positions, ends, targets=ids[1:]) / TOKENS
+        loss = loss_of(ids)
         clock.lap("forward")
         loss.backward()
         clock.lap("backward")
-        optimiser.step(RATE)
+        update()
         clock.lap("optimiser")
         return float(loss.detach())
+
+    side = Side(step, state)
+    return side
+
+
+def our_optimiser(model: Any) -> Any:
+    from qwen_native.train.config import OptimOptions
+    from qwen_native.train.optim import AdamW
+
+    options = OptimOptions(
+        RATE, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, weight_decay=WEIGHT_DECAY, clip_norm=CLIP
+    )
+    return AdamW(dict(model.named_parameters()), options)
+
+
+def our_side(model: Any, optimiser: Any, state: Callable[[], Iterable[Tensor]]) -> Side:
+    positions, ends = torch.arange(TOKENS), torch.tensor([0, TOKENS], dtype=torch.int32)
+
+    def loss_of(ids: Tensor) -> Tensor:
+        loss: Tensor = model(ids[:-1], positions, ends, targets=ids[1:])
+        return loss / TOKENS
+
+    return training_side(loss_of, lambda: optimiser.step(RATE), state)
+
+
+def peer_side(
+    model: Any,
+    trained: list[Tensor],
+    optimiser: torch.optim.Optimizer,
+    state: Callable[[], Iterable[Tensor]],
+) -> Side:
+    def loss_of(ids: Tensor) -> Tensor:
+        # Its loss shifts the labels itself and drops the last one: give it one more token.
+        loss: Tensor = model(input_ids=ids[None], labels=ids[None]).loss
+        return loss
+
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(trained, CLIP)
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return training_side(loss_of, update, state)
+
+
+def full_ours(folder: Path) -> Side:
+    from qwen_native.nn import Qwen
+
+    model = Qwen.load(None, torch.bfloat16, "native").train()
+    optimiser = our_optimiser(model)
 
     def state() -> Iterable[Tensor]:
         # The optimiser forgets the gradients; they are as large as the parameters.
         parameters = list(model.parameters())
         return [*parameters, *parameters, *optimiser.tensors().values()]
 
-    side = Side(step, state)
-    return side
+    return our_side(model, optimiser, state)
 
 
 def full_peer(folder: Path) -> Side:
@@ -129,26 +167,12 @@ def full_peer(folder: Path) -> Side:
     ]
     optimiser = torch.optim.AdamW(groups, RATE, BETAS, EPS, fused=True)
 
-    def step(ids: Tensor) -> float:
-        clock = Clock(side.phases)
-        # Its loss shifts the labels itself and drops the last one: give it one more token.
-        loss = model(input_ids=ids[None], labels=ids[None]).loss
-        clock.lap("forward")
-        loss.backward()
-        clock.lap("backward")
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimiser.step()
-        optimiser.zero_grad()
-        clock.lap("optimiser")
-        return float(loss.detach())
-
     def state() -> Iterable[Tensor]:
         parameters = list(model.parameters())
         moments = [v for s in optimiser.state.values() for v in s.values()]
         return [*parameters, *parameters, *moments]
 
-    side = Side(step, state)
-    return side
+    return peer_side(model, list(model.parameters()), optimiser, state)
 
 
 RANK = 16  # of LoRA, on all linear layers
@@ -158,29 +182,13 @@ QUERIES, ANSWERS, NEW_TOKENS = 8, 2, 64  # of a round of rollouts: 1024 tokens i
 def adapter_ours(quantize: str | None) -> Side:
     from qwen_native.nn import Qwen
     from qwen_native.train import lora
-    from qwen_native.train.config import OptimOptions
-    from qwen_native.train.optim import AdamW
 
     model = Qwen.load(None, torch.bfloat16, "native")
     if quantize is not None:
         lora.quantize_base(model, quantize)
     lora.add_adapter(model, lora.LoraConfig(rank=RANK, alpha=RANK, dropout=0.0))
     model.train()
-    options = OptimOptions(
-        RATE, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, weight_decay=WEIGHT_DECAY, clip_norm=CLIP
-    )
-    optimiser = AdamW(dict(model.named_parameters()), options)
-    positions, ends = torch.arange(TOKENS), torch.tensor([0, TOKENS], dtype=torch.int32)
-
-    def step(ids: Tensor) -> float:
-        clock = Clock(side.phases)
-        loss = model(ids[:-1], positions, ends, targets=ids[1:]) / TOKENS
-        clock.lap("forward")
-        loss.backward()
-        clock.lap("backward")
-        optimiser.step(RATE)
-        clock.lap("optimiser")
-        return float(loss.detach())
+    optimiser = our_optimiser(model)
 
     def state() -> Iterable[Tensor]:
         adapters = lora.adapter_parameters(model)
@@ -189,8 +197,7 @@ def adapter_ours(quantize: str | None) -> Side:
         moments = [*optimiser.mean.values(), *optimiser.square.values()]
         return [*model.parameters(), *adapters, *codes, *moments]
 
-    side = Side(step, state)
-    return side
+    return our_side(model, optimiser, state)
 
 
 def lora_ours(folder: Path) -> Side:
@@ -212,24 +219,11 @@ def lora_peer(folder: Path) -> Side:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, RATE, BETAS, EPS, WEIGHT_DECAY, fused=True)
 
-    def step(ids: Tensor) -> float:
-        clock = Clock(side.phases)
-        loss = model(input_ids=ids[None], labels=ids[None]).loss
-        clock.lap("forward")
-        loss.backward()
-        clock.lap("backward")
-        torch.nn.utils.clip_grad_norm_(trained, CLIP)
-        optimiser.step()
-        optimiser.zero_grad()
-        clock.lap("optimiser")
-        return float(loss.detach())
-
     def state() -> Iterable[Tensor]:
         moments = [v for s in optimiser.state.values() for v in s.values()]
         return [*model.parameters(), *trained, *moments]
 
-    side = Side(step, state)
-    return side
+    return peer_side(model, trained, optimiser, state)
 
 
 def rollout_ours(folder: Path) -> Side:

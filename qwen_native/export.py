@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from qwen_native.checkpoint import Checkpoint
 from qwen_native.config import ModelConfig
+from qwen_native.files import flush
 from qwen_native.token_files import TOKENIZER_FILES, tokenizer_json_from_gguf
 
 _SHARD_BYTES = 5 << 30
@@ -51,9 +52,9 @@ def save_folder(
         if source is not None:
             _write_companions(aside, source)
         for path in aside.iterdir():
-            _flush(path)
+            flush(path)
         aside.replace(folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -167,12 +168,3 @@ def _write_companions(folder: Path, source: Checkpoint) -> None:
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _flush(path: Path) -> None:
-    """Make a file's content, or a folder's list of names, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

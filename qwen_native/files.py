@@ -1,4 +1,5 @@
-"""Reading files that may be damaged or hostile: bounded reads, strict JSON, read-only maps."""
+"""Reading files that may be damaged or hostile: bounded reads, strict JSON, read-only maps; and
+flushing what was written."""
 
 from __future__ import annotations
 
@@ -164,3 +165,12 @@ class MappedFile:
         if end > first:
             with contextlib.suppress(OSError):
                 self.buffer.madvise(advice, first, end - first)
+
+
+def flush(path: Path) -> None:
+    """Make a file's content, or a folder's list of names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
