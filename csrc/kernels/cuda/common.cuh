@@ -44,6 +44,41 @@ QN_DEV void store(float* p, const float (&v)[4]) {
                 __float_as_uint(v[3])});
 }
 
+/// N elements from `index` on; zeros beyond `cols`.
+template <typename T, int N>
+QN_DEV void load_some(float (&out)[N], const T* row, int64_t index, int64_t cols, bool aligned) {
+  constexpr int kSize = kVector<T>;
+  if constexpr (N % kSize == 0) {
+    if (aligned && index + N <= cols) {
+#pragma unroll
+      for (int i = 0; i < N; i += kSize) {
+        float v[kSize];
+        load(v, row + index + i);
+#pragma unroll
+        for (int j = 0; j < kSize; ++j) out[i + j] = v[j];
+      }
+      return;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    out[i] = index + i < cols ? load1(row + index + i) : 0.0f;
+  }
+}
+
+/// Stores one vector's elements as far as they lie before `cols`.
+template <typename T, int N>
+QN_DEV void store_some(T* row, int64_t index, int64_t cols, bool aligned, const float (&v)[N]) {
+  if (aligned && index + N <= cols) {
+    store(row + index, v);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (index + i < cols) store1(row + index + i, v[i]);
+  }
+}
+
 /// Sum over `Lanes` neighbouring lanes (a power of two), in all of them.
 template <int Lanes = kWarp>
 QN_DEV float lane_sum(float value) {

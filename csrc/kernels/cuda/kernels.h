@@ -132,9 +132,15 @@ int qn_cuda_attention_prefill(const qn::cuda::PagedAttentionArgs* args, void* st
 int qn_cuda_attention_decode(const qn::cuda::PagedAttentionArgs* args, void* stream);
 int64_t qn_cuda_attention_decode_workspace(const qn::cuda::PagedAttentionArgs* args);
 int qn_cuda_rms_norm(const qn::RmsNormArgs* args, int64_t rows, void* stream);
+/// cols at most 8192; partial is 16-byte aligned.
+int qn_cuda_rms_norm_bwd(const qn::RmsNormBwdArgs* args, void* stream);
+/// RoPE in place, without a cache; with `inverse` by the negative angles, which is its gradient.
+int qn_cuda_rope_pairs(const qn::RopeArgs* args, int64_t tokens, bool inverse, void* stream);
 int qn_cuda_sampling(const qn::cuda::SampleArgs* args, void* stream);
 int qn_cuda_softmax_xent(const qn::SoftmaxXentArgs* args, int64_t rows, void* stream);
 int qn_cuda_swiglu(const qn::SwigluArgs* args, int64_t tokens, void* stream);
+int qn_cuda_swiglu_bwd(const qn::SwigluBwdArgs* args, int64_t tokens, void* stream);
+int qn_cuda_adamw(const qn::AdamwArgs* args, void* stream);
 int qn_cuda_gemm_bf16(const qn::cuda::GemmArgs* args, const qn::cuda::DeviceInfo* device,
                       void* stream);
 int qn_cuda_gemm_int8(const qn::cuda::GemmArgs* args, const qn::cuda::DeviceInfo* device,

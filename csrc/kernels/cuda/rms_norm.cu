@@ -19,40 +19,6 @@ struct Shared {
   float squares[kWarps];
 };
 
-/// N elements from `index` on; zeros beyond `cols`.
-template <typename T, int N>
-QN_DEV void load_some(float (&out)[N], const T* row, int64_t index, int64_t cols, bool aligned) {
-  constexpr int kSize = kVector<T>;
-  if constexpr (N % kSize == 0) {
-    if (aligned && index + N <= cols) {
-#pragma unroll
-      for (int i = 0; i < N; i += kSize) {
-        float v[kSize];
-        load(v, row + index + i);
-#pragma unroll
-        for (int j = 0; j < kSize; ++j) out[i + j] = v[j];
-      }
-      return;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    out[i] = index + i < cols ? load1(row + index + i) : 0.0f;
-  }
-}
-
-template <typename T, int N>
-QN_DEV void store_some(T* row, int64_t index, int64_t cols, bool aligned, const float (&v)[N]) {
-  if (aligned && index + N <= cols) {
-    store(row + index, v);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    if (index + i < cols) store1(row + index + i, v[i]);
-  }
-}
-
 template <typename T, typename W>
 __global__ __launch_bounds__(kThreads) void rms_norm_kernel(RmsNormArgs args, bool aligned) {
   constexpr int kSize = kVector<T>;

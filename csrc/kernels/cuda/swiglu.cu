@@ -7,22 +7,12 @@
 //            bandwidth of global memory limits it (A100 and H100 alike)
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/kernels.h"
+#include "kernels/cuda/sigmoid.cuh"
 
 namespace qn::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-
-/// x sigmoid(x), from exp(-|x|), which cannot overflow. exp2's argument is rounded; the rest of the
-/// product, |rest| < 2^-17, makes a factor of 1 + rest ln 2.
-QN_DEV float silu(float x) {
-  constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.693147180559945309417f;
-  constexpr float kLog2ELow = 1.925963033500e-8f;  // log2(e) - kLog2E
-  const float size = fminf(fabsf(x), 256.0f), exponent = size * -kLog2E;
-  const float rest = fmaf(size, -kLog2ELow, fmaf(size, -kLog2E, -exponent));
-  const float rounded = exp2_approx(exponent), e = fmaf(rounded, rest * kLn2, rounded);
-  return x * (x < 0.0f ? e : 1.0f) * rcp_approx(1.0f + e);
-}
 
 template <class T>
 __global__ __launch_bounds__(kThreads) void swiglu_kernel(T* out, const T* gate, const T* up,
