@@ -58,6 +58,39 @@ class TileScope {
   TileConfig caller_;
 };
 
+/// C (tile 2 i + j) += A_i (tile 4) B_j (tile 6) for i < M, j < N: one step of a block of up to 2 x
+/// 2 tiles. A core has few tile registers beyond the eight that are named, and two hyperthreads
+/// share them: beside a busy neighbour, a product waits for the one before it once all eight hold
+/// something. So A_0 is loaded a second time rather than kept, which costs nothing where there is
+/// no neighbour and makes the step 1.5 times as fast where there is one.
+template <bool kInt8, int M, int N>
+inline __attribute__((always_inline)) void multiply_tiles(const void* a0, const void* a1,
+                                                          int64_t a_stride, const void* b0,
+                                                          const void* b1, int64_t b_stride) {
+#define QN_TILE_PRODUCT(c)   \
+  if constexpr (kInt8) {     \
+    _tile_dpbssd(c, 4, 6);   \
+  } else {                   \
+    _tile_dpbf16ps(c, 4, 6); \
+  }
+  _tile_loadd(4, a0, a_stride);
+  _tile_loadd(6, b0, b_stride);
+  QN_TILE_PRODUCT(0)
+  if constexpr (M > 1) {
+    _tile_loadd(4, a1, a_stride);
+    QN_TILE_PRODUCT(2)
+  }
+  if constexpr (N > 1) {
+    _tile_loadd(6, b1, b_stride);
+    if constexpr (M > 1) {
+      QN_TILE_PRODUCT(3)
+      _tile_loadd(4, a0, a_stride);
+    }
+    QN_TILE_PRODUCT(1)
+  }
+#undef QN_TILE_PRODUCT
+}
+
 /// out[j] = column j of the row-major 16 rows at `in`, which are 16 dwords apart; four columns. The
 /// inserts take their operand from memory and leave the shuffle port to the rest.
 inline __attribute__((always_inline)) void transpose4(const float* in, __m512 out[4]) {

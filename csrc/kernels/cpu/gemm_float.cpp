@@ -228,22 +228,7 @@ struct Prefetch {
   int64_t tokens;
 };
 
-// Tiles: 0 1 = rows 0..15, 2 3 = rows 16..31 of C^T; 4 5 = weights; 6 7 = x.
-template <int kTokenTiles>
-QN_INLINE void product_step(const bf16* w0, const bf16* w1, int64_t row_bytes, const bf16* x0,
-                            const bf16* x1, int64_t pair_bytes) {
-  _tile_loadd(4, w0, row_bytes);
-  _tile_loadd(6, x0, pair_bytes);
-  _tile_dpbf16ps(0, 4, 6);
-  _tile_loadd(5, w1, row_bytes);
-  _tile_dpbf16ps(2, 5, 6);
-  if constexpr (kTokenTiles == 2) {
-    _tile_loadd(7, x1, pair_bytes);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-}
-
+// Tiles: 0 1 = rows 0..15, 2 3 = rows 16..31 of C^T; 4 = weights; 6 = x.
 template <int kTokenTiles>
 QN_INLINE void accumulate(const PanelSource& w, const PackedX& x, int64_t tile, int64_t first_step,
                           const Prefetch& next) {
@@ -259,12 +244,12 @@ QN_INLINE void accumulate(const PanelSource& w, const PackedX& x, int64_t tile, 
       __builtin_prefetch(next.out + s * next.out_stride, 1);
       __builtin_prefetch(next.out + s * next.out_stride + 16, 1);
     }
-    product_step<kTokenTiles>(w.rows + s * w.step, w.second + s * w.step, w.row_bytes,
-                              x0 + s * x_step, x1 + s * x_step, pair_bytes);
+    multiply_tiles<false, 2, kTokenTiles>(w.rows + s * w.step, w.second + s * w.step, w.row_bytes,
+                                          x0 + s * x_step, x1 + s * x_step, pair_bytes);
   }
   if (w.tail != nullptr) {
-    product_step<kTokenTiles>(w.tail, w.tail + kHalfTile, kStep * 2, x0 + w.steps * x_step,
-                              x1 + w.steps * x_step, pair_bytes);
+    multiply_tiles<false, 2, kTokenTiles>(w.tail, w.tail + kHalfTile, kStep * 2,
+                                          x0 + w.steps * x_step, x1 + w.steps * x_step, pair_bytes);
   }
 }
 

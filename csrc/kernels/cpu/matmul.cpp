@@ -106,14 +106,7 @@ QN_INLINE void multiply(const bf16* a, const bf16* b, int64_t steps, const float
     _tile_zero(3);
   }
   for (int64_t step = 0; step < steps; ++step, a += 2 * kTile, b += 2 * kTile) {
-    _tile_loadd(4, a, 64);
-    _tile_loadd(6, b, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, b + kTile, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a + kTile, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    multiply_tiles<false, 2, 2>(a, a + kTile, 64, b, b + kTile, 64);
     for (int64_t line = 0; line < lines; ++line, next += 64) _mm_prefetch(next, _MM_HINT_T1);
   }
   store_sums(after);

@@ -120,14 +120,8 @@ struct TileOperands {
         for (int64_t i = 0; i < k; i += 32) {
           const bf16* left = a + row * a_stride + i;
           const bf16* right = b + i * b_stride + 2 * column;
-          _tile_loadd(4, left, a_bytes);
-          _tile_loadd(6, right, b_bytes);
-          _tile_dpbf16ps(0, 4, 6);
-          _tile_loadd(7, right + 32, b_bytes);
-          _tile_dpbf16ps(1, 4, 7);
-          _tile_loadd(5, left + 16 * a_stride, a_bytes);
-          _tile_dpbf16ps(2, 5, 6);
-          _tile_dpbf16ps(3, 5, 7);
+          multiply_tiles<false, 2, 2>(left, left + 16 * a_stride, a_bytes, right, right + 32,
+                                      b_bytes);
         }
         _tile_stored(0, target, c_bytes);
         _tile_stored(1, target + 16, c_bytes);

@@ -112,23 +112,21 @@ float tile_products(ProbeKind kind, int64_t iterations, double& operations) {
   _tile_zero(2);
   _tile_zero(3);
   _tile_loadd(4, result, 64);
-  _tile_loadd(5, result, 64);
   _tile_loadd(6, result, 64);
-  _tile_loadd(7, result, 64);
   if (kind == ProbeKind::TileInt8) {
     for (int64_t n = 0; n < iterations; ++n) {
       _tile_dpbusd(0, 4, 6);
-      _tile_dpbusd(1, 4, 7);
-      _tile_dpbusd(2, 5, 6);
-      _tile_dpbusd(3, 5, 7);
+      _tile_dpbusd(1, 4, 6);
+      _tile_dpbusd(2, 4, 6);
+      _tile_dpbusd(3, 4, 6);
     }
     operations = 4.0 * 2 * 16 * 16 * 64 * static_cast<double>(iterations);
   } else {
     for (int64_t n = 0; n < iterations; ++n) {
       _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+      _tile_dpbf16ps(1, 4, 6);
+      _tile_dpbf16ps(2, 4, 6);
+      _tile_dpbf16ps(3, 4, 6);
     }
     operations = 4.0 * 2 * 16 * 16 * 32 * static_cast<double>(iterations);
   }
