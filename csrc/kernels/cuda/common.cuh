@@ -79,6 +79,31 @@ QN_DEV void store_some(T* row, int64_t index, int64_t cols, bool aligned, const 
   }
 }
 
+/// Eight floats of shared memory. Lanes that read neighbouring eights meet no bank twice, as every
+/// other four of them take the upper half first.
+QN_DEV void load_neighbour(float (&v)[8], const float* p) {
+  const int flip = threadIdx.x / 4 % 2 * 4;
+  float first[4], second[4];
+  load(first, p + flip);
+  load(second, p + 4 - flip);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    v[i] = flip == 0 ? first[i] : second[i];
+    v[i + 4] = flip == 0 ? second[i] : first[i];
+  }
+}
+
+/// Eight floats as int8, value * inverse to nearest.
+QN_DEV uint2 round_to_int8(const float (&v)[8], float inverse) {
+  uint32_t words[2] = {};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int code = __float2int_rn(v[i] * inverse);
+    words[i / 4] |= (static_cast<uint32_t>(code) & 255u) << (8 * (i % 4));
+  }
+  return uint2{words[0], words[1]};
+}
+
 /// Sum over `Lanes` neighbouring lanes (a power of two), in all of them.
 template <int Lanes = kWarp>
 QN_DEV float lane_sum(float value) {

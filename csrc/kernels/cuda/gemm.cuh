@@ -1,5 +1,6 @@
-// out = x W^T (+ bias) (+ residual): the pipeline that the three GEMMs share. They differ in
-// Weight: how a tile of W comes to shared memory and becomes B registers.
+// out = x W^T (+ bias) (+ residual): the pipeline that the GEMMs share. They differ in Weight: how
+// a tile of W comes to shared memory and becomes B registers, whether x lies transposed, and what
+// the tensor cores multiply: bf16 pairs, or bytes in their place (gemm_w8a8.cu).
 //
 //                     64 cols
 //              x  ┌──────────┐            block: kRows = 128 rows of W x Tokens tokens of x,
@@ -14,6 +15,8 @@
 // float32 sums of a group are then multiplied by its scale, which leaves no rounding but that of
 // x's and the result's storage. The result passes through shared memory to leave in whole sectors.
 #pragma once
+#include <type_traits>
+
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/gemm_layout.h"
 #include "kernels/cuda/kernels.h"
@@ -30,6 +33,12 @@ constexpr int kOutPad = 8;  // floats; makes the row stride 8 banks off a multip
 /// Column chunk of a row of 128 bytes in shared memory.
 QN_DEV int swizzle(int row, int chunk) { return chunk ^ (row & 7); }
 
+/// The same for rows of Chunks chunks of 16 bytes, 2 or at least 8.
+template <int Chunks>
+QN_DEV int swizzle_row(int row, int chunk) {
+  return Chunks >= 8 ? swizzle(row, chunk) : chunk ^ (row * Chunks / 8 & (Chunks - 1));
+}
+
 /// Copies `Count` rows of 64 columns; rows from `rows` and columns from `cols` on become zeros.
 template <int Count, int Threads>
 QN_DEV void copy_rows(bf16 (*to)[kCols], const bf16* from, int64_t stride, int64_t first_row,
@@ -41,6 +50,22 @@ QN_DEV void copy_rows(bf16 (*to)[kCols], const bf16* from, int64_t stride, int64
     const bool exists = first_row + row < rows && col + chunk * 8 < cols;
     cp_async16(&to[row][swizzle(row, chunk) * 8],
                exists ? from + (first_row + row) * stride + col + chunk * 8 : from, exists);
+  }
+}
+
+/// The same of a matrix that lies transposed, [cols, rows]: 64 columns of `Count` rows. rows is a
+/// multiple of 8.
+template <int Count, int Threads>
+QN_DEV void copy_columns(bf16 (*to)[Count], const bf16* from, int64_t stride, int64_t first_row,
+                         int64_t rows, int col, int64_t cols) {
+  constexpr int kRowChunks = Count / 8;
+#pragma unroll
+  for (int i = 0; i < kCols * kRowChunks / Threads; ++i) {
+    const int index = threadIdx.x + i * Threads;
+    const int line = index / kRowChunks, chunk = index % kRowChunks;
+    const bool exists = first_row + chunk * 8 < rows && col + line < cols;
+    cp_async16(&to[line][swizzle_row<kRowChunks>(line, chunk) * 8],
+               exists ? from + (col + line) * stride + first_row + chunk * 8 : from, exists);
   }
 }
 
@@ -104,8 +129,33 @@ struct GemmShape {
   static constexpr int kThreads = 4 * kTokenWarps * kWarp;
   static constexpr int kWarpTokens = Tokens / kTokenWarps;
   static constexpr int kTokenTiles = kWarpTokens / 16;
-  struct Stage {
+  struct PlainInput {
     bf16 x[Tokens][kCols];
+
+    QN_DEV void fetch(const GemmArgs& args, int64_t token, int col) {
+      copy_rows<Tokens, kThreads>(x, static_cast<const bf16*>(args.x), args.x_stride, token,
+                                  args.tokens, col * kCols, args.cols);
+    }
+    /// A registers of the tokens token .. token + 15.
+    QN_DEV void fragment(uint32_t (&a)[4], int token, int lane, int step) const {
+      const int row = token + lane % 16;
+      ldmatrix_x4(a, &x[row][swizzle(row, step * 2 + lane / 16) * 8]);
+    }
+  };
+  struct TransposedInput {
+    bf16 x[kCols][Tokens];
+
+    QN_DEV void fetch(const GemmArgs& args, int64_t token, int col) {
+      copy_columns<Tokens, kThreads>(x, static_cast<const bf16*>(args.x), args.x_stride, token,
+                                     args.tokens, col * kCols, args.cols);
+    }
+    QN_DEV void fragment(uint32_t (&a)[4], int token, int lane, int step) const {
+      const int line = step * 16 + lane % 8 + lane / 16 * 8, chunk = token / 8 + lane / 8 % 2;
+      ldmatrix_x4_trans(a, &x[line][swizzle_row<Tokens / 8>(line, chunk) * 8]);
+    }
+  };
+  struct Stage {
+    std::conditional_t<Weight::kInputTransposed, TransposedInput, PlainInput> input;
     typename Weight::Tile w;
   };
   static constexpr int kStages = sizeof(Stage) <= 8192 ? 6 : sizeof(Stage) <= 20480 ? 4 : 3;
@@ -126,6 +176,15 @@ QN_DEV void finish(const GemmArgs& args, int64_t token, int64_t row, float (&v)[
   if (residual != nullptr) residual += token * args.residual_stride + row;
   const int64_t offset = token * args.out_stride + row;
   const bool aligned = count == 8 && (args.out_stride | args.residual_stride) % 8 == 0;
+  if (args.x_scales != nullptr) {
+    const float scale = args.x_scales[token];
+    const float* row_scales = static_cast<const float*>(args.scales) + row;
+    float low[4], high[4];
+    load_some(low, row_scales, 0, count, true);
+    load_some(high, row_scales + 4, 0, count - 4, true);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] *= scale * low[i], v[i + 4] *= scale * high[i];
+  }
   if (aligned) {
     float extra[8];
     if (bias != nullptr) {
@@ -139,9 +198,22 @@ QN_DEV void finish(const GemmArgs& args, int64_t token, int64_t row, float (&v)[
       for (int i = 0; i < 8; ++i) v[i] += extra[i];
     }
     if (args.out_dtype == DType::BF16) {
-      store(static_cast<bf16*>(args.out) + offset, v);
+      bf16* out = static_cast<bf16*>(args.out) + offset;
+      if (args.add) {
+        load(extra, out);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) v[i] += extra[i];
+      }
+      store(out, v);
     } else {
       float* out = static_cast<float*>(args.out) + offset;
+      if (args.add) {
+        float low[4], high[4];
+        load(low, out);
+        load(high, out + 4);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) v[i] += low[i], v[i + 4] += high[i];
+      }
       store(out, {v[0], v[1], v[2], v[3]});
       store(out + 4, {v[4], v[5], v[6], v[7]});
     }
@@ -152,10 +224,11 @@ QN_DEV void finish(const GemmArgs& args, int64_t token, int64_t row, float (&v)[
     if (i >= count) break;
     if (bias != nullptr) v[i] += load1(bias + row + i);
     if (residual != nullptr) v[i] += load1(residual + i);
+    const auto store_at = [&](auto* out) { store1(out, args.add ? v[i] + load1(out) : v[i]); };
     if (args.out_dtype == DType::BF16)
-      store1(static_cast<bf16*>(args.out) + offset + i, v[i]);
+      store_at(static_cast<bf16*>(args.out) + offset + i);
     else
-      store1(static_cast<float*>(args.out) + offset + i, v[i]);
+      store_at(static_cast<float*>(args.out) + offset + i);
   }
 }
 
@@ -166,7 +239,7 @@ class GemmBlock {
   static constexpr int kTokenTiles = Shape::kTokenTiles;
   static constexpr int kThreads = Shape::kThreads;
   static constexpr int kStages = Shape::kStages;
-  using Sums = float[kTokenTiles][kRowTiles][4];
+  using Sums = typename Weight::Sum[kTokenTiles][kRowTiles][4];
 
  public:
   QN_DEV GemmBlock(const GemmArgs& args, const GemmPlan& plan, Shared& shared)
@@ -197,10 +270,8 @@ class GemmBlock {
       for (int step = 0; step < kCols / 16; ++step) {
         uint32_t a[kTokenTiles][4], b[kRowTiles][2];
 #pragma unroll
-        for (int i = 0; i < kTokenTiles; ++i) {
-          const int row = warp_token_ + i * 16 + lane_ % 16;
-          ldmatrix_x4(a[i], &stage.x[row][swizzle(row, step * 2 + lane_ / 16) * 8]);
-        }
+        for (int i = 0; i < kTokenTiles; ++i)
+          stage.input.fragment(a[i], warp_token_ + i * 16, lane_, step);
         if constexpr (Weight::kGrouped) {
           const int half = args_.group_size == 32 ? step / 2 : 0;
           Weight::fragments(b, registers, scales, half, warp_row_, lane_, step);
@@ -226,10 +297,11 @@ class GemmBlock {
     for (int i = 0; i < kTokenTiles; ++i)
 #pragma unroll
       for (int j = 0; j < kRowTiles; ++j) {
-        st8(&shared_.out[token + i * 16][row + j * 8],
-            uint2{__float_as_uint(sums[i][j][0]), __float_as_uint(sums[i][j][1])});
-        st8(&shared_.out[token + i * 16 + 8][row + j * 8],
-            uint2{__float_as_uint(sums[i][j][2]), __float_as_uint(sums[i][j][3])});
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          st8(&shared_.out[token + i * 16 + half * 8][row + j * 8],
+              uint2{__float_as_uint(static_cast<float>(sums[i][j][half * 2])),
+                    __float_as_uint(static_cast<float>(sums[i][j][half * 2 + 1]))});
       }
     __syncthreads();
   }
@@ -241,15 +313,8 @@ class GemmBlock {
       const int token = index / kPerToken, row = index % kPerToken * 8;
       const int64_t count = args_.rows - segment.row - row;
       if (segment.token + token >= args_.tokens || count <= 0) continue;
-      const int flip = threadIdx.x / 4 % 2 * 4;  // lets eight lanes meet all banks
-      float first[4], second[4], v[8];
-      load(first, &shared_.out[token][row + flip]);
-      load(second, &shared_.out[token][row + 4 - flip]);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        v[i] = flip == 0 ? first[i] : second[i];
-        v[i + 4] = flip == 0 ? second[i] : first[i];
-      }
+      float v[8];
+      load_neighbour(v, &shared_.out[token][row]);
       finish(args_, segment.token + token, segment.row + row, v, count < 8 ? count : 8);
     }
     __syncthreads();
@@ -270,8 +335,7 @@ class GemmBlock {
   QN_DEV void fetch(const Segment& segment, int col) {
     if (col < segment.col_end) {
       auto& stage = shared_.ring.stage[(col - segment.col_begin) % kStages];
-      copy_rows<Tokens, kThreads>(stage.x, static_cast<const bf16*>(args_.x), args_.x_stride,
-                                  segment.token, args_.tokens, col * kCols, args_.cols);
+      stage.input.fetch(args_, segment.token, col);
       Weight::template fetch<kThreads>(stage.w, args_, segment.row, col);
       if constexpr (Weight::kGrouped) {
         const bool starts_group = (col & ((1 << plan_.scale_shift) - 1)) == 0;
@@ -285,12 +349,20 @@ class GemmBlock {
 
   QN_DEV int scale_slot(int col) const { return (col >> plan_.scale_shift) % kStages; }
 
+  QN_DEV static void multiply_tile(float (&sum)[4], const uint32_t (&a)[4],
+                                   const uint32_t (&b)[2]) {
+    mma_bf16(sum, a, b[0], b[1]);
+  }
+  QN_DEV static void multiply_tile(int (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma_s8(sum, a, b[0], b[1]);
+  }
+
   QN_DEV static void accumulate(Sums& sums, const uint32_t (&a)[kTokenTiles][4],
                                 const uint32_t (&b)[kRowTiles][2]) {
 #pragma unroll
     for (int j = 0; j < kRowTiles; ++j)
 #pragma unroll
-      for (int i = 0; i < kTokenTiles; ++i) mma_bf16(sums[i][j], a[i], b[j][0], b[j][1]);
+      for (int i = 0; i < kTokenTiles; ++i) multiply_tile(sums[i][j], a[i], b[j]);
   }
 
   QN_DEV void add_group(Sums& sums, Sums& group, const uint32_t (&scale)[kRows / 2]) const {
@@ -368,13 +440,17 @@ int launch_gemm(const char* name, const GemmArgs& args, const GemmPlan& plan, cu
 }
 
 template <class Weight>
-int run_gemm(const char* name, const GemmArgs& args, const DeviceInfo& device,
-             cudaStream_t stream) {
+int run_gemm(const char* name, const GemmArgs& args, const GemmPlan& plan, cudaStream_t stream) {
   if (args.tokens == 0) return 0;
-  const GemmPlan plan = pick(args, device);
   if (plan.tile_tokens == 16) return launch_gemm<Weight, 16>(name, args, plan, stream);
   if (plan.tile_tokens == 64) return launch_gemm<Weight, 64>(name, args, plan, stream);
   return launch_gemm<Weight, 128>(name, args, plan, stream);
+}
+
+template <class Weight>
+int run_gemm(const char* name, const GemmArgs& args, const DeviceInfo& device,
+             cudaStream_t stream) {
+  return run_gemm<Weight>(name, args, pick(args, device), stream);
 }
 
 }  // namespace qn::cuda

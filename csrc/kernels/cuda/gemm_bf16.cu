@@ -8,41 +8,7 @@
 //            4.9 TB/s, about what its L2 gives: 80 to 90 % of the peak at best. H100's tensor
 //            cores need wgmma for theirs; mma.sync can reach about 60 %. Up to about 100 tokens
 //            bound by the bandwidth of global memory, which the weights cross once
-#include "kernels/cuda/gemm.cuh"
-
-namespace qn::cuda {
-namespace {
-
-struct DenseWeight {
-  static constexpr bool kGrouped = false;
-  struct Tile {
-    bf16 w[kRows][kCols];
-  };
-  struct Scales {};
-  struct Registers {};
-
-  template <int Threads>
-  QN_DEV static void fetch(Tile& tile, const GemmArgs& args, int64_t row, int col) {
-    copy_rows<kRows, Threads>(tile.w, static_cast<const bf16*>(args.weight), args.weight_stride,
-                              row, args.rows, col * kCols, args.cols);
-  }
-
-  QN_DEV static void read(Registers&, const Tile&, int, int) {}
-
-  QN_DEV static void fragments(uint32_t (&b)[kRowTiles][2], const Tile& tile, int warp_row,
-                               int lane, int step) {
-#pragma unroll
-    for (int j = 0; j < kRowTiles; j += 2) {
-      const int row = warp_row + j * 8 + lane % 8 + lane / 16 * 8;
-      uint32_t r[4];
-      ldmatrix_x4(r, &tile.w[row][swizzle(row, step * 2 + lane / 8 % 2) * 8]);
-      b[j][0] = r[0], b[j][1] = r[1], b[j + 1][0] = r[2], b[j + 1][1] = r[3];
-    }
-  }
-};
-
-}  // namespace
-}  // namespace qn::cuda
+#include "kernels/cuda/gemm_dense.cuh"
 
 extern "C" int qn_cuda_gemm_bf16(const qn::cuda::GemmArgs* args, const qn::cuda::DeviceInfo* device,
                                  void* stream) {

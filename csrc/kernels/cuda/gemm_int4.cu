@@ -18,7 +18,8 @@ namespace {
 
 template <bool Zeros>
 struct Int4Weight {
-  static constexpr bool kGrouped = true;
+  static constexpr bool kGrouped = true, kInputTransposed = false;
+  using Sum = float;
   struct Tile {
     uint32_t codes[2 * kPackedTile / 8][kWarp][2];
   };

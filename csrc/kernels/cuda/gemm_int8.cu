@@ -16,7 +16,8 @@ namespace qn::cuda {
 namespace {
 
 struct Int8Weight {
-  static constexpr bool kGrouped = true;
+  static constexpr bool kGrouped = true, kInputTransposed = false;
+  using Sum = float;
   struct Tile {
     uint32_t codes[2 * kPackedTile / 8][kWarp][4];
   };

@@ -15,7 +15,8 @@ namespace {
 constexpr int kMergeThreads = kRows / 8 * 8;
 
 /// Sums the parts of one tile in ascending order of their columns; eight tokens at a time.
-__global__ __launch_bounds__(kMergeThreads) void gemm_merge_kernel(GemmArgs args, GemmPlan plan) {
+__global__ __launch_bounds__(kMergeThreads, 8) void gemm_merge_kernel(GemmArgs args,
+                                                                      GemmPlan plan) {
   const int64_t tiles = static_cast<int64_t>(plan.token_tiles) * plan.row_tiles;
   const int64_t units = tiles * plan.col_tiles, tile = blockIdx.x;
   const int64_t first = block_of(units, plan.blocks, tile * plan.col_tiles);
@@ -48,7 +49,7 @@ GemmPlan pick(const GemmArgs& args, const DeviceInfo& device) {
   plan.tile_tokens = args.tokens <= 16 ? 16 : args.tokens <= 64 ? 64 : 128;
   plan.token_tiles = divide_up(args.tokens, plan.tile_tokens);
   plan.row_tiles = divide_up(args.rows, kRows);
-  plan.col_tiles = divide_up(args.cols, kCols);
+  plan.col_tiles = divide_up(args.cols, args.x_scales != nullptr ? 2 * kCols : kCols);
   const int64_t tiles = static_cast<int64_t>(plan.token_tiles) * plan.row_tiles;
   const int64_t units = tiles * plan.col_tiles;
   plan.blocks = tiles;

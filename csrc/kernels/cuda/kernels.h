@@ -93,21 +93,50 @@ struct SampleArgs {
 };
 
 /// out = x W^T (+ bias) (+ residual). All pointers are 16-byte aligned, and so are the rows of x
-/// and of a dense weight; cols is a multiple of 8.
+/// and of a dense weight; cols is a multiple of 8. (Launchers that read otherwise say so.)
 struct GemmArgs {
   void* out;             // [tokens, rows] of out_dtype
   const void* x;         // [tokens, cols] bf16
   const void* weight;    // [rows, cols] bf16, or packed (gemm_layout.h)
-  const void* scales;    // of a packed weight
+  const void* scales;    // of a packed weight; float [rows] of gemm_w8a8's
   const void* zeros;     // of a packed 4-bit weight, or null
   const void* bias;      // [rows] bf16, or null
   const void* residual;  // [tokens, rows] bf16, or null; may be out
   float* workspace;      // qn_cuda_gemm_workspace bytes, 16-byte aligned
   int64_t tokens, rows, cols;
   int64_t out_stride, x_stride, weight_stride, residual_stride;  // elements between rows
-  int32_t group_size;  // columns that share a scale: 32 times a power of two, or at least cols
-  DType out_dtype;     // F32 | BF16
-  bool invariant;      // no split along cols: a token's result then never depends on `tokens`
+  int32_t group_size;     // columns that share a scale: 32 times a power of two, or at least cols
+  DType out_dtype;        // F32 | BF16
+  bool invariant;         // no split along cols: a token's result then never depends on `tokens`
+  bool add;               // out += instead of out =
+  const float* x_scales;  // [tokens], gemm_w8a8 only, else null
+};
+
+/// int8 activations for gemm_w8a8: codes = round(x / scale), scale = max |x| of the token / 127.
+struct QuantizeTokensArgs {
+  int8_t* codes;                   // [tokens, cols]
+  float* scales;                   // [tokens]
+  const void* x;                   // [tokens, cols] bf16
+  int64_t tokens, cols;            // cols a multiple of 16
+  int64_t codes_stride, x_stride;  // elements between tokens
+};
+
+/// log_prob[t] = log(softmax(scale * hidden[t] W^T))[targets[t]] and its gradients, for
+/// `chunk_tokens` tokens at a time: the logits of more are never there. vocab and cols are
+/// multiples of 8, there is at least one token; dtypes are bf16 but where said.
+struct LinearXentArgs {
+  float* log_prob;         // [tokens]; 0 without a target
+  void* dhidden;           // [tokens, cols], or null
+  void* dweight;           // [vocab, cols] of dweight_dtype, or null
+  const void* hidden;      // [tokens, cols]
+  const void* weight;      // [vocab, cols]
+  const int32_t* targets;  // [tokens], in [0, vocab), or -1: no target
+  const float* grad;       // [tokens] of log_prob, or null: no gradients
+  void* workspace;         // qn_cuda_linear_xent_workspace bytes, 16-byte aligned
+  int64_t tokens, vocab, cols, chunk_tokens;
+  int64_t hidden_stride, weight_stride, dhidden_stride, dweight_stride;
+  float scale;          // of the logits
+  DType dweight_dtype;  // F32 | BF16; in BF16 every chunk's sum is rounded
 };
 
 /// How a GEMM is launched. Work is counted in units of one tile x 64 columns, ordered by tile, and
@@ -138,16 +167,33 @@ int qn_cuda_rms_norm_bwd(const qn::RmsNormBwdArgs* args, void* stream);
 int qn_cuda_rope_pairs(const qn::RopeArgs* args, int64_t tokens, bool inverse, void* stream);
 int qn_cuda_sampling(const qn::cuda::SampleArgs* args, void* stream);
 int qn_cuda_softmax_xent(const qn::SoftmaxXentArgs* args, int64_t rows, void* stream);
+int qn_cuda_linear_xent(const qn::cuda::LinearXentArgs* args, const qn::cuda::DeviceInfo* device,
+                        void* stream);
+int64_t qn_cuda_linear_xent_workspace(const qn::cuda::LinearXentArgs* args,
+                                      const qn::cuda::DeviceInfo* device);
 int qn_cuda_swiglu(const qn::SwigluArgs* args, int64_t tokens, void* stream);
 int qn_cuda_swiglu_bwd(const qn::SwigluBwdArgs* args, int64_t tokens, void* stream);
 int qn_cuda_adamw(const qn::AdamwArgs* args, void* stream);
 int qn_cuda_gemm_bf16(const qn::cuda::GemmArgs* args, const qn::cuda::DeviceInfo* device,
                       void* stream);
+/// out = x W with weight [cols, rows] as it lies, for the gradient of a layer's input; rows is a
+/// multiple of 8.
+int qn_cuda_gemm_input_grad(const qn::cuda::GemmArgs* args, const qn::cuda::DeviceInfo* device,
+                            void* stream);
+/// out = x^T W with x [cols, tokens] and weight [cols, rows], for the gradient of a layer's weight;
+/// tokens and rows are multiples of 8, cols may be any number.
+int qn_cuda_gemm_weight_grad(const qn::cuda::GemmArgs* args, const qn::cuda::DeviceInfo* device,
+                             void* stream);
+/// x [tokens, cols] int8 with x_scales, weight [rows, cols] int8 with one float of `scales` per
+/// row; cols is a multiple of 16.
+int qn_cuda_gemm_w8a8(const qn::cuda::GemmArgs* args, const qn::cuda::DeviceInfo* device,
+                      void* stream);
+int qn_cuda_quantize_tokens(const qn::cuda::QuantizeTokensArgs* args, void* stream);
 int qn_cuda_gemm_int8(const qn::cuda::GemmArgs* args, const qn::cuda::DeviceInfo* device,
                       void* stream);
 int qn_cuda_gemm_int4(const qn::cuda::GemmArgs* args, const qn::cuda::DeviceInfo* device,
                       void* stream);
-/// Fills plan for any of the three.
+/// Fills plan for any of them.
 void qn_cuda_gemm_plan(const qn::cuda::GemmArgs* args, const qn::cuda::DeviceInfo* device,
                        qn::cuda::GemmPlan* plan);
 /// Bytes of GemmArgs::workspace that a plan needs, 0 without a split.

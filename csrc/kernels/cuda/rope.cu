@@ -45,16 +45,6 @@ QN_DEV void normalise(float (&a)[8], float (&b)[8], const bf16* weight, int half
   for (int i = 0; i < 8; ++i) a[i] *= scale * low[i], b[i] *= scale * high[i];
 }
 
-QN_DEV uint2 round_to_int8(const float (&v)[8], float inverse) {
-  uint32_t words[2] = {};
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const int code = __float2int_rn(v[i] * inverse);
-    words[i / 4] |= (static_cast<uint32_t>(code) & 255u) << (8 * (i % 4));
-  }
-  return uint2{words[0], words[1]};
-}
-
 /// Writes a row of the cache; `a` and `b` are this lane's part when `active`.
 QN_DEV void write_row(const KvPages& kv, int slot, int head, bool is_value, const float (&a)[8],
                       const float (&b)[8], int begin, int half, bool active) {
