@@ -126,14 +126,18 @@ struct Int8Cache {
 
   QN_DEV static void store_row(float* out, const float (&o)[HeadDim / 8][4], int row_half, int lane,
                                float factor) {
+    const int flip = lane / 4 % 2;  // every other row stores its second column first: other banks
 #pragma unroll
     for (int part = 0; part < HeadDim / 32; ++part)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float v[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) v[i] = o[part * 4 + i][row_half * 2 + e] * factor;
-        store(out + part * 32 + (lane % 4 * 2 + e) * 4, v);
+        for (int i = 0; i < 4; ++i) {
+          const float (&pair)[4] = o[part * 4 + i];
+          v[i] = (e == flip ? pair[row_half * 2] : pair[row_half * 2 + 1]) * factor;
+        }
+        store(out + part * 32 + (lane % 4 * 2 + (e ^ flip)) * 4, v);
       }
   }
 

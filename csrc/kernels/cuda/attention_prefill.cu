@@ -114,11 +114,9 @@ __global__ __launch_bounds__(kThreads, 2) void attention_prefill_kernel(PagedAtt
     if (first_row + row >= rows) break;
     const int64_t token = first_token + (first_row + row) / group;
     const int head = (first_row + row) % group;
-    float low[4], high[4];
-    load(low, &shared.out[row][dim]);
-    load(high, &shared.out[row][dim + 4]);
-    store(out + token * args.out_stride + head * kHeadDim + dim,
-          {low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]});
+    float v[8];
+    load_neighbour(v, &shared.out[row][dim]);
+    store(out + token * args.out_stride + head * kHeadDim + dim, v);
   }
 }
 

@@ -76,6 +76,29 @@ struct PagedAttentionArgs {
   KvPages kv;
 };
 
+/// Causal attention within documents that lie one after the other, for training, and its
+/// gradients. bf16 tensors [tokens, heads, head_dim], the heads of a token side by side; head_dim
+/// 64, 80, 96 or 128.
+struct DocumentAttentionArgs {
+  void* out;              // [tokens, num_heads, head_dim]
+  float* lse;             // [num_heads, tokens]: log2(sum(exp(scale * q k^T))); forward: or null
+  const void* q;          // [tokens, num_heads, head_dim]
+  const void *k, *v;      // [tokens, num_kv_heads, head_dim]
+  const int32_t* begins;  // [documents + 1]: document d has the tokens begins[d] .. begins[d + 1]
+  const void* dout;       // like out; from here on gradients only
+  void* dq;               // like q
+  void *dk, *dv;          // like k
+  float* delta;           // [num_heads, tokens], scratch
+  int64_t tokens;
+  // Elements between tokens, multiples of 8.
+  int64_t out_stride, q_stride, k_stride, v_stride, dout_stride, dq_stride, dk_stride, dv_stride;
+  int32_t documents;
+  int32_t max_length;  // at least that of the longest document
+  int32_t num_heads, num_kv_heads, head_dim;
+  int32_t window;  // a row sees the newest `window` keys, itself included; 0 = all
+  float scale;
+};
+
 /// Draws one token per row, in the order of csrc/runtime/sampler.h: temperature, top_k, top_p,
 /// min_p, with the same counter-based generator. Weights are multiples of 2^-31 of the largest.
 struct SampleArgs {
@@ -160,6 +183,8 @@ int qn_cuda_rope(const qn::cuda::RopeKvArgs* args, void* stream);
 int qn_cuda_attention_prefill(const qn::cuda::PagedAttentionArgs* args, void* stream);
 int qn_cuda_attention_decode(const qn::cuda::PagedAttentionArgs* args, void* stream);
 int64_t qn_cuda_attention_decode_workspace(const qn::cuda::PagedAttentionArgs* args);
+int qn_cuda_packed_attention(const qn::cuda::DocumentAttentionArgs* args, void* stream);
+int qn_cuda_packed_attention_bwd(const qn::cuda::DocumentAttentionArgs* args, void* stream);
 int qn_cuda_rms_norm(const qn::RmsNormArgs* args, int64_t rows, void* stream);
 /// cols at most 8192; partial is 16-byte aligned.
 int qn_cuda_rms_norm_bwd(const qn::RmsNormBwdArgs* args, void* stream);

@@ -7,7 +7,7 @@
 //
 //   launch        launch(name, kernel, grid, block, shared_bytes, stream, arguments...)
 //   shared        shared_as<T>
-//   memory        ld8 ld16 ld16_nc st8 st16
+//   memory        ld8 ld16 ld16_nc st4 st8 st16
 //   numbers       bf16_lo bf16_hi to_float pack_bf16 pack_f16 f16_lo f16_hi
 //   arithmetic    bf16x2_fma f16x2_fma and_or byte_permute dot4 exp2_approx log2_approx rcp_approx
 //                 rsqrt_approx
@@ -67,6 +67,7 @@ QN_DEV uint32_t shared_address(const void* pointer) {
 
 QN_DEV uint2 ld8(const void* p) { return *static_cast<const uint2*>(p); }
 QN_DEV uint4 ld16(const void* p) { return *static_cast<const uint4*>(p); }
+QN_DEV void st4(void* p, uint32_t v) { *static_cast<uint32_t*>(p) = v; }
 QN_DEV void st8(void* p, uint2 v) { *static_cast<uint2*>(p) = v; }
 QN_DEV void st16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
 

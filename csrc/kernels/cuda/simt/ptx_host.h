@@ -264,6 +264,10 @@ inline QN_SIMT_MEMORY uint4 ld16_nc(const void* p) {
   QN_SIMT_ACCESS(p, 16, ReadOnly);
   return *static_cast<const uint4*>(p);
 }
+inline QN_SIMT_MEMORY void st4(void* p, uint32_t v) {
+  QN_SIMT_ACCESS(p, 4, Write);
+  *static_cast<uint32_t*>(p) = v;
+}
 inline QN_SIMT_MEMORY void st8(void* p, uint2 v) {
   QN_SIMT_ACCESS(p, 8, Write);
   *static_cast<uint2*>(p) = v;
