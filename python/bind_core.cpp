@@ -4,8 +4,9 @@
 
 #include "bindings.h"
 #include "core/cpu_info.h"
+#include "core/gpu.h"
 #include "kernels/cpu/dispatch.h"
-#include "kernels/cuda/device.h"
+#include "ops/gpu.h"
 #include "ops/probe.h"
 
 namespace qn::python {
@@ -33,7 +34,29 @@ OpContext::OpContext()
 }
 
 void register_core(py::module_& module) {
-  module.def("cuda_is_built", &cuda::is_built);
+  py::class_<Gpu, std::shared_ptr<Gpu>>(module, "Gpu")
+      .def(py::init([](const std::string& library) {
+             return std::const_pointer_cast<Gpu>(ops::open_gpu(library));
+           }),
+           py::arg("library"))
+      .def_static("count", &Gpu::count, py::arg("library"))
+      .def("info", [](const Gpu& gpu) {
+        const GpuInfo info = gpu.info();
+        py::dict result;
+        result["name"] = info.name;
+        result["capability"] = py::make_tuple(info.major, info.minor);
+        result["multiprocessors"] = info.multiprocessors;
+        result["free_bytes"] = info.free_bytes;
+        result["total_bytes"] = info.total_bytes;
+        return result;
+      });
+  module.def("gpu_has_format", [](const std::string& format) {
+    return ops::gpu_has_format(ops::weight_format_from_name(format));
+  });
+  module.def("gpu_kv_page_bytes", [](int64_t page_tokens, int64_t num_kv_heads, int64_t head_dim,
+                                     const std::string& dtype) {
+    return ops::gpu_kv_page_bytes(page_tokens, num_kv_heads, head_dim, kv_dtype(dtype));
+  });
   module.def("host_isa", [] { return isa_name(host_isa()); });
   module.def("active_isa", [] { return isa_name(cpu::active_isa()); });
   module.def("set_isa", [](const std::string& name) { cpu::set_active_isa(isa_from_name(name)); });

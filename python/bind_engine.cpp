@@ -89,11 +89,13 @@ void check_size(const std::string& name, const py::buffer_info& info, size_t exp
 /// Packs a checkpoint tensor by tensor; finish() makes the model.
 class ModelBuilder {
  public:
-  ModelBuilder(const py::dict& config, const std::string& weights, bool invariant, int threads)
+  ModelBuilder(const py::dict& config, const std::string& weights, bool invariant, int threads,
+               std::shared_ptr<const Gpu> gpu)
       : config_(config_from_dict(config)),
         invariant_(invariant),
         pool_(threads),
-        weights_(std::make_unique<model::Weights>(config_, requested_format(weights))) {}
+        weights_(
+            std::make_unique<model::Weights>(config_, requested_format(weights), std::move(gpu))) {}
 
   /// `shape` has one or two dimensions. `release(begin, end)` is called with byte ranges of `data`
   /// that have been packed; data that is used in place is kept alive.
@@ -171,8 +173,9 @@ void register_engine(py::module_& module) {
       });
 
   py::class_<ModelBuilder>(module, "ModelBuilder")
-      .def(py::init<const py::dict&, const std::string&, bool, int>(), py::arg("config"),
-           py::arg("weights"), py::arg("invariant"), py::arg("threads"))
+      .def(py::init<const py::dict&, const std::string&, bool, int, std::shared_ptr<const Gpu>>(),
+           py::arg("config"), py::arg("weights"), py::arg("invariant"), py::arg("threads"),
+           py::arg("gpu") = nullptr)
       .def("add", &ModelBuilder::add, py::arg("name"), py::arg("type"), py::arg("shape"),
            py::arg("data"), py::arg("release"))
       .def("add_packed", &ModelBuilder::add_packed, py::arg("name"), py::arg("format"),

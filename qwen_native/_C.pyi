@@ -25,8 +25,16 @@ def built_isas() -> list[str]:
 def kernel_sources() -> dict[str, str]:
     """Return, for every kernel, the level that provides it at the active level."""
 
-def cuda_is_built() -> bool:
-    """Return whether the library contains CUDA kernels."""
+class Gpu:
+    """Device 0 of a library of CUDA kernels."""
+
+    def __init__(self, library: str) -> None: ...
+    @staticmethod
+    def count(library: str) -> int:
+        """Return how many GPUs a library finds."""
+
+    def info(self) -> dict[str, Any]:
+        """Return name, capability, multiprocessors, free_bytes and total_bytes."""
 
 def thread_budget() -> dict[str, int]:
     """Return affinity, cores, quota, override (0 = none) and the threads decided from them."""
@@ -165,6 +173,8 @@ Span: TypeAlias = tuple[int, int, int, list[int]]  # query_begin, query_count, k
 # KvPages of ops.py: pool, page_tokens, num_kv_heads, head_dim, dtype, key_scale
 Pages: TypeAlias = tuple[Array, int, int, int, str, Array | None]
 
+def gpu_kv_page_bytes(page_tokens: int, num_kv_heads: int, head_dim: int, dtype: str, /) -> int: ...
+def gpu_has_format(format: str, /) -> bool: ...
 def kv_page_bytes(page_tokens: int, num_kv_heads: int, head_dim: int, dtype: str, /) -> int: ...
 def kv_append(pages: Pages, k: Array, v: Array, spans: Sequence[Span], /) -> None: ...
 def attention(
@@ -220,7 +230,12 @@ class ModelBuilder:
     """Packs a checkpoint tensor by tensor."""
 
     def __init__(
-        self, config: dict[str, Any], weights: str, invariant: bool, threads: int
+        self,
+        config: dict[str, Any],
+        weights: str,
+        invariant: bool,
+        threads: int,
+        gpu: Gpu | None = None,
     ) -> None: ...
     def add(
         self,

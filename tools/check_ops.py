@@ -70,7 +70,10 @@ GROUPS = {
     ),
 }
 INSTRUMENTS = {"probe"}  # kernels that measure the machine, for benchmarks
-NATIVE_PARTS = {"block_max", "block_exp_sum"}  # of sampling, called by the runtime only
+NATIVE_PARTS = {
+    *("block_max", "block_exp_sum"),  # of sampling, called by the runtime only
+    "append_qkv",  # other ops one after the other; on a GPU one kernel
+}
 QUERIES = {  # in ops.h, but compute nothing
     "weight_bytes",
     "source_bytes",

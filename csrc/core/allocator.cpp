@@ -64,20 +64,28 @@ void* Workspace::allocate(size_t bytes) {
     used_ = 0;
   }
   if (chunk_ == chunks_.size()) {
-    chunks_.emplace_back(std::max<size_t>(bytes, size_t{1} << 20));
+    add_chunk(std::max<size_t>(bytes, size_t{1} << 20));
     used_ = 0;
   }
-  void* result = static_cast<char*>(chunks_[chunk_].data()) + used_;
+  void* result = chunks_[chunk_].data() + used_;
   used_ += bytes;
   return result;
+}
+
+void Workspace::add_chunk(size_t bytes) {
+  if (gpu_ == nullptr)
+    chunks_.push_back({HostBuffer(bytes), {}});
+  else
+    chunks_.push_back({{}, GpuBuffer(*gpu_, bytes, "scratch memory")});
+  ++generation_;
 }
 
 void Workspace::reset() {
   if (chunks_.size() > 1) {
     size_t total = 0;
-    for (const HostBuffer& chunk : chunks_) total += chunk.size();
+    for (const Chunk& chunk : chunks_) total += chunk.size();
     chunks_.clear();
-    chunks_.emplace_back(total);
+    add_chunk(total);
   }
   chunk_ = 0;
   used_ = 0;

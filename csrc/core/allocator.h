@@ -1,8 +1,11 @@
-// Host memory: page-backed buffers (huge pages when large) and a bump allocator for scratch.
+// Host memory: page-backed buffers (huge pages when large); and a bump allocator for scratch, of
+// the host or of a GPU.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 #include <vector>
+
+#include "core/gpu.h"
 
 namespace qn {
 
@@ -32,12 +35,19 @@ class HostBuffer {
 /// which also merges the chunks so that a steady state allocates nothing.
 class Workspace {
  public:
+  Workspace() = default;
+  /// Of the host when `gpu` is null.
+  explicit Workspace(const Gpu* gpu) : gpu_(gpu) {}
+
   void* allocate(size_t bytes);
   template <typename T>
   T* allocate_array(int64_t count) {
     return static_cast<T*>(allocate(static_cast<size_t>(count) * sizeof(T)));
   }
   void reset();
+  /// Changes whenever addresses that were given out before may not be given out again after a
+  /// reset(): the same allocations lead to the same addresses as long as it stays.
+  int64_t generation() const { return generation_; }
 
   /// Releases everything allocated since construction when it goes out of scope.
   class Scope {
@@ -54,7 +64,18 @@ class Workspace {
   };
 
  private:
-  std::vector<HostBuffer> chunks_;
+  struct Chunk {
+    HostBuffer host;
+    GpuBuffer device;
+
+    char* data() const { return static_cast<char*>(host.size() ? host.data() : device.data()); }
+    size_t size() const { return host.size() + device.size(); }
+  };
+  void add_chunk(size_t bytes);
+
+  const Gpu* gpu_ = nullptr;
+  std::vector<Chunk> chunks_;
+  int64_t generation_ = 0;
   size_t chunk_ = 0;  // index of the chunk in use
   size_t used_ = 0;   // bytes used in it
 };

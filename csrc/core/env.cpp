@@ -24,4 +24,11 @@ std::optional<int> threads() {
   return static_cast<int>(count);
 }
 
+bool cuda_graphs() {
+  const char* value = std::getenv("QN_CUDA_GRAPHS");
+  const std::string text = value == nullptr || *value == '\0' ? "1" : value;
+  QN_CHECK(text == "0" || text == "1", "[env] QN_CUDA_GRAPHS is '", text, "', expected 0 or 1");
+  return text == "1";
+}
+
 }  // namespace qn::env

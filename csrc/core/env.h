@@ -13,4 +13,8 @@ std::optional<std::string> isa();
 /// Throws ArgumentError when it is not such a number.
 std::optional<int> threads();
 
+/// QN_CUDA_GRAPHS: 0 runs the decoding steps of a GPU kernel by kernel. Default: captured and
+/// replayed as graphs. Throws ArgumentError when it is not 0 or 1.
+bool cuda_graphs();
+
 }  // namespace qn::env

@@ -22,6 +22,8 @@ struct BatchPlan {
   bool exact = false;                    // 4-bit weights round as in a step of one token
 
   int64_t tokens() const { return static_cast<int64_t>(token_ids.size()); }
+  /// Views of the above, for ops on the host.
+  ops::Batch batch() const;
 };
 
 class QwenModel {
@@ -33,13 +35,16 @@ class QwenModel {
   const ModelConfig& config() const { return config_; }
   const Weights& weights() const { return *weights_; }
 
-  /// Runs all layers over the plan's tokens, appends their keys and values to the cache, and leaves
-  /// the final-norm hidden states of plan.output_rows in `hidden` [output_rows, hidden_size].
-  void forward(const BatchPlan& plan, std::span<const ops::KvLayer> kv_layers, float* hidden,
+  /// Runs all layers over the batch's tokens, appends their keys and values to the cache, and
+  /// leaves the final-norm hidden states of batch.output_rows in `hidden`, of the context's
+  /// activation_dtype() [output_rows, hidden_size]; `exact` as in BatchPlan.
+  void forward(const TensorView& hidden, const ops::Batch& batch,
+               std::span<const ops::KvLayer> kv_layers, bool exact,
                const ExecContext& context) const;
 
-  /// logits [rows, vocab_size] = lm_head of hidden [rows, hidden_size]; `exact` as in BatchPlan.
-  void logits(float* logits, const float* hidden, int64_t rows, bool exact,
+  /// logits f32 [rows, vocab_size] = lm_head of hidden [rows, hidden_size]; `exact` as in
+  /// BatchPlan.
+  void logits(const TensorView& logits, const TensorView& hidden, bool exact,
               const ExecContext& context) const;
 
  private:

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "core/error.h"
 
@@ -42,11 +43,20 @@ bool is_vector(const std::string& name) {
 }
 
 /// "int4" keeps a Q4_0 source exactly, everything else follows the request.
-WeightFormat choose_format(RequestedFormat requested, SourceType source) {
-  if (!requested) return native_format(source);
-  if (*requested == WeightFormat::Int4 && source == SourceType::Q4_0)
+WeightFormat choose_format(RequestedFormat requested, SourceType source, bool on_gpu) {
+  if (!requested) {
+    const WeightFormat native = native_format(source);
+    return on_gpu && native == WeightFormat::F32 ? WeightFormat::BF16 : native;
+  }
+  if (*requested == WeightFormat::Int4 && (on_gpu || source == SourceType::Q4_0))
     return WeightFormat::Int4Symmetric;
   return *requested;
+}
+
+Weights::Weights(const ModelConfig& config, RequestedFormat requested,
+                 std::shared_ptr<const Gpu> gpu)
+    : config_(config), requested_(requested), gpu_(std::move(gpu)) {
+  if (gpu_ != nullptr) upload_ = std::make_unique<GpuUpload>(gpu_);
 }
 
 const char* format_name(WeightFormat format) {
@@ -108,6 +118,14 @@ void Weights::add_packed(const PackedTensor& tensor) {
              "], expected an f32 vector");
     vectors_[tensor.name] = {static_cast<const float*>(view.data), view.cols};
     vector_owners_.push_back(tensor.owner);
+  } else if (upload_ != nullptr) {
+    const auto copy = [&view](void* out, int64_t first_row, int64_t rows) {
+      const size_t begin = ops::weight_bytes(view.format, first_row, view.cols);
+      std::memcpy(out, static_cast<const char*>(view.data) + begin,
+                  ops::weight_bytes(view.format, rows, view.cols));
+    };
+    matrices_[tensor.name] = {upload_->matrix(tensor.name, view.format, view.rows, view.cols, copy),
+                              nullptr};
   } else {
     matrices_[tensor.name] = {view, tensor.owner};
   }
@@ -124,35 +142,42 @@ void Weights::add(const SourceTensor& tensor, const ExecContext& context) {
     total_bytes_ += static_cast<size_t>(size) * sizeof(float);
     return;
   }
-  const WeightFormat format = choose_format(requested_, tensor.type);
+  const WeightFormat format = choose_format(requested_, tensor.type, gpu_ != nullptr);
   const bool in_place = used_in_place(format, tensor.type);
   Matrix matrix{{tensor.data, format, tensor.rows, tensor.cols, tensor.cols}, nullptr};
   const size_t bytes = ops::weight_bytes(format, tensor.rows, tensor.cols);
-  if (in_place) {
+  if (upload_ != nullptr) {
+    matrix.view =
+        upload_->matrix(tensor.name, format, tensor.rows, tensor.cols,
+                        [&](void* out, int64_t first_row, int64_t rows) {
+                          pack(static_cast<char*>(out), format, tensor, first_row, rows, context);
+                        });
+  } else if (in_place) {
     matrix.owner = tensor.owner;
   } else {
     char* packed = static_cast<char*>(arena_allocate(bytes));
-    pack(packed, format, tensor, context);
+    pack(packed, format, tensor, 0, tensor.rows, context);
     matrix.view.data = packed;
   }
   matrices_[tensor.name] = matrix;
   total_bytes_ += bytes;
 }
 
-/// Block by block, so that the resident set never holds a large tensor twice.
-void Weights::pack(char* out, WeightFormat format, const SourceTensor& tensor,
-                   const ExecContext& context) {
+/// Block by block, so that the resident set never holds a large tensor twice. `first_row` starts a
+/// panel.
+void Weights::pack(char* out, WeightFormat format, const SourceTensor& tensor, int64_t first_row,
+                   int64_t rows, const ExecContext& context) {
   const size_t row_bytes = ops::source_bytes(tensor.type, 1, tensor.cols);
   const int64_t panels =
       std::max<int64_t>(1, static_cast<int64_t>(kPackBlock / row_bytes) / kPanelRows);
-  const int64_t block = panels * kPanelRows;
-  for (int64_t row = 0; row < tensor.rows; row += block) {
-    const int64_t rows = std::min(block, tensor.rows - row);
+  const int64_t block = panels * kPanelRows, end = first_row + rows;
+  for (int64_t row = first_row; row < end; row += block) {
+    const int64_t count = std::min(block, end - row);
     const size_t begin = static_cast<size_t>(row) * row_bytes;
-    ops::pack_weight(out, format, rows, tensor.cols, tensor.type,
+    ops::pack_weight(out, format, count, tensor.cols, tensor.type,
                      static_cast<const char*>(tensor.data) + begin, context);
-    out += ops::weight_bytes(format, rows, tensor.cols);
-    if (tensor.release) tensor.release(begin, begin + static_cast<size_t>(rows) * row_bytes);
+    out += ops::weight_bytes(format, count, tensor.cols);
+    if (tensor.release) tensor.release(begin, begin + static_cast<size_t>(count) * row_bytes);
   }
 }
 
@@ -177,16 +202,44 @@ const float* Weights::expect_vector(const std::string& name, int64_t size) const
   return found->second.first;
 }
 
+/// The weight of a norm over whole rows, where the model runs.
+const float* Weights::norm_vector(const std::string& name, int64_t size) {
+  const float* values = expect_vector(name, size);
+  return upload_ == nullptr ? values
+                            : upload_->vector(name, values, size, DType::F32).as<const float>();
+}
+
+/// A vector that append_qkv takes, where the model runs.
+TensorView Weights::head_vector(const std::string& name, int64_t size) {
+  const float* values = expect_vector(name, size);
+  return upload_ == nullptr ? TensorView(const_cast<float*>(values), DType::F32, {size})
+                            : upload_->vector(name, values, size, DType::BF16);
+}
+
 Linear Weights::linear(std::initializer_list<std::pair<std::string, int64_t>> parts, int64_t cols,
                        bool bias) const {
   Linear result;
   for (const auto& [name, rows] : parts) {
-    const float* bias_values = bias ? expect_vector(name + ".bias", rows) : nullptr;
+    const float* bias_values =
+        bias && gpu_ == nullptr ? expect_vector(name + ".bias", rows) : nullptr;
     result.segments.push_back(
         {expect_matrix(name + ".weight", rows, cols), bias_values, result.out_features});
     result.out_features += rows;
   }
   return result;
+}
+
+/// The biases of the three projections, one after the other.
+TensorView Weights::upload_qkv_bias(const std::string& attention) {
+  std::vector<float> bias;
+  for (const auto& [name, size] : {std::pair{"q_proj.bias", config_.query_width()},
+                                   std::pair{"k_proj.bias", config_.kv_width()},
+                                   std::pair{"v_proj.bias", config_.kv_width()}}) {
+    const float* values = expect_vector(attention + name, size);
+    bias.insert(bias.end(), values, values + size);
+  }
+  return upload_->vector(attention + "qkv.bias", bias.data(), static_cast<int64_t>(bias.size()),
+                         DType::BF16);
 }
 
 void Weights::finish() {
@@ -196,29 +249,31 @@ void Weights::finish() {
     const std::string layer = "model.layers." + std::to_string(i) + ".";
     const std::string attention = layer + "self_attn.";
     LayerWeights w{};
-    w.input_norm = expect_vector(layer + "input_layernorm.weight", c.hidden_size);
+    w.input_norm = norm_vector(layer + "input_layernorm.weight", c.hidden_size);
     w.qkv = linear({{attention + "q_proj", c.query_width()},
                     {attention + "k_proj", c.kv_width()},
                     {attention + "v_proj", c.kv_width()}},
                    c.hidden_size, c.qkv_bias);
     if (c.qk_norm) {
-      w.q_norm = expect_vector(attention + "q_norm.weight", c.head_dim);
-      w.k_norm = expect_vector(attention + "k_norm.weight", c.head_dim);
+      w.q_norm = head_vector(attention + "q_norm.weight", c.head_dim);
+      w.k_norm = head_vector(attention + "k_norm.weight", c.head_dim);
     }
     if (c.qkv_bias) {
       w.key_scale = key_scale(expect_vector(attention + "k_proj.bias", c.kv_width()), c);
+      if (upload_ != nullptr) w.qkv_bias = upload_qkv_bias(attention);
     }
     w.o_proj = linear({{attention + "o_proj", c.hidden_size}}, c.query_width(), false);
-    w.post_attention_norm = expect_vector(layer + "post_attention_layernorm.weight", c.hidden_size);
+    w.post_attention_norm = norm_vector(layer + "post_attention_layernorm.weight", c.hidden_size);
     const std::string mlp = layer + "mlp.";
     w.mlp.gate = expect_matrix(mlp + "gate_proj.weight", c.intermediate_size, c.hidden_size);
     w.mlp.up = expect_matrix(mlp + "up_proj.weight", c.intermediate_size, c.hidden_size);
     w.mlp.down = expect_matrix(mlp + "down_proj.weight", c.hidden_size, c.intermediate_size);
     layers_.push_back(std::move(w));
   }
-  final_norm_ = expect_vector("model.norm.weight", c.hidden_size);
+  final_norm_ = norm_vector("model.norm.weight", c.hidden_size);
   const std::string head = c.tie_word_embeddings ? "model.embed_tokens.weight" : "lm_head.weight";
   lm_head_ = {{{expect_matrix(head, c.vocab_size, c.hidden_size), nullptr, 0}}, c.vocab_size};
+  if (upload_ != nullptr) upload_->finish();
 }
 
 std::map<std::string, std::pair<int64_t, size_t>> Weights::bytes_by_format() const {

@@ -10,6 +10,7 @@
 
 #include "core/context.h"
 #include "model/config.h"
+#include "model/gpu_upload.h"
 #include "ops/ops.h"
 
 namespace qn::model {
@@ -40,8 +41,9 @@ struct PackedTensor {
 /// Whether a tensor is held as plain float32 values: norms and biases.
 bool is_vector(const std::string& name);
 
-/// The format that a matrix of type `source` gets.
-WeightFormat choose_format(RequestedFormat requested, SourceType source);
+/// The format that a matrix of type `source` gets. On a GPU floats are bf16 and "int4" is
+/// Int4Symmetric, the 4-bit format that its kernels read.
+WeightFormat choose_format(RequestedFormat requested, SourceType source, bool on_gpu = false);
 
 /// Matrices that take the same input; their outputs stand side by side.
 struct Linear {
@@ -52,18 +54,19 @@ struct Linear {
 struct LayerWeights {
   const float* input_norm;           // [hidden]
   Linear qkv;                        // hidden -> (num_heads + 2 num_kv_heads) head_dim
-  const float* q_norm;               // [head_dim] or null
-  const float* k_norm;               // [head_dim] or null
+  TensorView qkv_bias;               // of all three on a GPU; on the host the segments have it
+  TensorView q_norm, k_norm;         // [head_dim] or no data
   std::vector<float> key_scale;      // of an int8 KV cache [num_kv_heads, head_dim], or empty
   Linear o_proj;                     // num_heads head_dim -> hidden
   const float* post_attention_norm;  // [hidden]
   ops::MlpWeights mlp;               // hidden -> intermediate -> hidden
 };
 
+/// On the host, or sent to a GPU tensor by tensor.
 class Weights {
  public:
-  Weights(const ModelConfig& config, RequestedFormat requested)
-      : config_(config), requested_(requested) {}
+  Weights(const ModelConfig& config, RequestedFormat requested,
+          std::shared_ptr<const Gpu> gpu = nullptr);
 
   /// Converts one tensor to its format; F32 and BF16 matrices that already have it are used where
   /// they are mapped.
@@ -81,6 +84,9 @@ class Weights {
   const float* final_norm() const { return final_norm_; }
   const Linear& lm_head() const { return lm_head_; }
 
+  /// Where the weights are; null: on the host.
+  const std::shared_ptr<const Gpu>& gpu() const { return gpu_; }
+
   /// Bytes of all weights, mapped ones included.
   size_t total_bytes() const { return total_bytes_; }
   /// Number of weights in matrices and the bytes they take, by format name.
@@ -94,15 +100,21 @@ class Weights {
 
   void check_new(const std::string& name) const;
   void* arena_allocate(size_t bytes);
-  void pack(char* out, WeightFormat format, const SourceTensor& tensor, const ExecContext& context);
+  void pack(char* out, WeightFormat format, const SourceTensor& tensor, int64_t first_row,
+            int64_t rows, const ExecContext& context);
   const WeightView& matrix(const std::string& name) const;
   WeightView expect_matrix(const std::string& name, int64_t rows, int64_t cols) const;
   const float* expect_vector(const std::string& name, int64_t size) const;
+  const float* norm_vector(const std::string& name, int64_t size);
+  TensorView head_vector(const std::string& name, int64_t size);
+  TensorView upload_qkv_bias(const std::string& attention);
   Linear linear(std::initializer_list<std::pair<std::string, int64_t>> parts, int64_t cols,
                 bool bias) const;
 
   ModelConfig config_;
   RequestedFormat requested_;
+  std::shared_ptr<const Gpu> gpu_;
+  std::unique_ptr<GpuUpload> upload_;  // owns what is on the GPU
   std::vector<HostBuffer> arena_;
   size_t arena_used_ = 0;
   std::map<std::string, Matrix> matrices_;

@@ -5,6 +5,7 @@
 
 #include "kernels/cpu/dispatch.h"
 #include "ops/check.h"
+#include "ops/cuda.h"
 #include "ops/ops.h"
 
 namespace qn::ops {
@@ -248,6 +249,13 @@ void attention(const TensorView& out, const TensorView& q, const KvLayer& layer,
       }
     }
   });
+}
+
+void attention(const TensorView& out, const TensorView& q, const KvLayer& layer, const Batch& batch,
+               float scale, int64_t window, const ExecContext& context) {
+  if (context.gpu != nullptr) return cuda::attention(out, q, layer, batch, scale, window, context);
+  attention(out, q, layer, batch.spans, {scale, window, batch.query_scale.as<const float>()},
+            context);
 }
 
 }  // namespace qn::ops

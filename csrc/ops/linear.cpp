@@ -4,6 +4,7 @@
 
 #include "kernels/cpu/dispatch.h"
 #include "ops/check.h"
+#include "ops/cuda.h"
 #include "ops/folded.h"
 #include "ops/ops.h"
 
@@ -199,15 +200,19 @@ int64_t balanced_chunk(int64_t units, int threads) {
 void linear(const TensorView& out, const TensorView& x, std::span<const LinearSegment> segments,
             Epilogue epilogue, bool invariant, const ExecContext& context) {
   constexpr const char* kOp = "linear";
-  QN_CHECK(x.rank == 2 && x.dtype == DType::F32, "[linear] x is ", x.describe(),
-           ", expected f32[tokens, cols]");
-  QN_CHECK(out.rank == 2 && out.dtype == DType::F32 && out.shape[0] == x.shape[0],
-           "[linear] out is ", out.describe(), ", expected f32[", x.shape[0], ", rows]");
+  const DType dtype = context.activation_dtype();
+  QN_CHECK(x.rank == 2 && x.dtype == dtype, "[linear] x is ", x.describe(), ", expected ",
+           dtype_name(dtype), "[tokens, cols]");
+  QN_CHECK(out.rank == 2 && (out.dtype == DType::F32 || out.dtype == dtype) &&
+               out.shape[0] == x.shape[0],
+           "[linear] out is ", out.describe(), ", expected ", dtype_name(dtype), "[", x.shape[0],
+           ", rows]");
   check_dense_rows(kOp, "x", x);
   check_dense_rows(kOp, "out", out);
   for (size_t i = 0; i < segments.size(); ++i) check_segment(out, x, segments[i], i);
   check_disjoint(segments);
   if (x.shape[0] == 0) return;
+  if (context.gpu != nullptr) return cuda::linear(out, x, segments, epilogue, invariant, context);
 
   const Workspace::Scope scope(context.workspace);
   Inputs inputs(x, context);

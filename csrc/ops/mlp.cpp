@@ -52,26 +52,29 @@ void mlp(const TensorView& out, const TensorView& x, const MlpWeights& weights, 
            "], expected [", gate.rows, ", ", gate.cols, "] like gate");
   QN_CHECK(down.cols == gate.rows, "[mlp] down has ", down.cols, " columns, expected the ",
            gate.rows, " rows of gate");
-  QN_CHECK(x.rank == 2 && x.dtype == DType::F32 && x.shape[1] == gate.cols, "[mlp] x is ",
-           x.describe(), ", expected f32[tokens, ", gate.cols, "]");
-  QN_CHECK(out.rank == 2 && out.dtype == DType::F32 && out.shape[0] == x.shape[0] &&
+  const DType dtype = context.activation_dtype();
+  QN_CHECK(x.rank == 2 && x.dtype == dtype && x.shape[1] == gate.cols, "[mlp] x is ", x.describe(),
+           ", expected ", dtype_name(dtype), "[tokens, ", gate.cols, "]");
+  QN_CHECK(out.rank == 2 && out.dtype == dtype && out.shape[0] == x.shape[0] &&
                out.shape[1] == down.rows,
-           "[mlp] out is ", out.describe(), ", expected f32[", x.shape[0], ", ", down.rows, "]");
+           "[mlp] out is ", out.describe(), ", expected ", dtype_name(dtype), "[", x.shape[0], ", ",
+           down.rows, "]");
   check_dense_rows(kOp, "x", x);
   check_dense_rows(kOp, "out", out);
   const int64_t tokens = x.shape[0], inter = gate.rows;
   if (tokens == 0) return;
   const Workspace::Scope scope(context.workspace);
   const LinearSegment down_only[] = {{down, nullptr, 0}};
-  if (takes_folded(gate, tokens, invariant) && takes_folded(up, tokens, invariant) &&
-      takes_folded(down, tokens, invariant)) {
+  if (context.gpu == nullptr && takes_folded(gate, tokens, invariant) &&
+      takes_folded(up, tokens, invariant) && takes_folded(down, tokens, invariant)) {
     return linear_folded(out, gated_folded(x, weights, context), down_only[0], Epilogue::Add,
                          context);
   }
-  const TensorView both(context.workspace.allocate_array<float>(tokens * 2 * inter), DType::F32,
+  const auto size = static_cast<int64_t>(dtype_size(dtype));
+  const TensorView both(context.workspace.allocate_array<char>(tokens * 2 * inter * size), dtype,
                         {tokens, 2 * inter});
   const auto half = [&](int64_t begin) {
-    TensorView view(both.as<float>() + begin, DType::F32, {tokens, inter});
+    TensorView view(both.as<char>() + begin * size, dtype, {tokens, inter});
     view.stride[0] = both.stride[0];
     return view;
   };

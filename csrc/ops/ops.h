@@ -1,6 +1,10 @@
 // Every op of the engine: checks its tensors, picks the kernel of the active level, splits the work
 // over threads. Destination first; `f32|bf16` means either. Shape or dtype mistakes throw
 // ArgumentError.
+//
+// The ops of the network also run on a GPU: with context.gpu their tensors, weights and cache lie
+// in its memory, activations are bf16 (where f32 is stated below), weights have the GPU's layout
+// (ops/gpu.h), and work is queued.
 #pragma once
 #include <cstdint>
 #include <span>
@@ -156,13 +160,32 @@ struct KvLayer {
 
 /// Bytes of one page of one layer.
 size_t kv_page_bytes(int64_t page_tokens, int64_t num_kv_heads, int64_t head_dim, DType dtype);
-
 /// The rows of one sequence within a step's batch.
 struct SequenceSpan {
   int64_t query_begin;        // its first row in q, k, v and out
   int64_t query_count;        // its rows, consecutive positions that end at kv_len
   int64_t kv_len;             // tokens in the cache once this step's rows have been appended
   const int32_t* page_table;  // [ceil(kv_len / page_tokens)] page numbers
+};
+
+/// What a step's tokens are. Tensors lie where the step runs, spans always on the host.
+struct Batch {
+  TensorView token_ids;    // i32 [tokens]
+  TensorView cos, sin;     // f32 [tokens, rope_dim / 2]
+  TensorView query_scale;  // f32 [tokens] extra factor of each query (LogN), or no data
+  TensorView output_rows;  // i32 [rows], the tokens whose final hidden state is wanted
+  std::span<const SequenceSpan> spans;  // cover the tokens in order
+
+  /// A GPU's only: what its kernels read instead of `spans`. The first `decoding` sequences have
+  /// one token each.
+  struct OnGpu {
+    const int32_t *positions, *slots;    // [tokens]
+    const int32_t *page_table, *kv_len;  // [sequences, page_table_stride], [sequences]
+    const int32_t* query_begin;          // [sequences + 1]
+    int64_t sequences, decoding, page_table_stride, max_query_len, max_kv_len;
+  } gpu{};
+
+  int64_t tokens() const { return token_ids.shape[0]; }
 };
 
 /// Writes k and v of every span's rows to their slots in the cache. A page's unused slots are
@@ -186,6 +209,24 @@ struct AttentionOptions {
 void attention(const TensorView& out, const TensorView& q, const KvLayer& layer,
                std::span<const SequenceSpan> spans, const AttentionOptions& options,
                const ExecContext& context);
+
+/// attention() with the batch's spans and query_scale (on a GPU append_qkv has applied it).
+void attention(const TensorView& out, const TensorView& q, const KvLayer& layer, const Batch& batch,
+               float scale, int64_t window, const ExecContext& context);
+
+/// What happens to queries and keys before RoPE; no data: nothing. q_norm and k_norm are the
+/// weights of an RMSNorm of every head. Vectors have the activations' dtype.
+struct QkvTransform {
+  TensorView bias;            // [(num_heads + 2 num_kv_heads) head_dim], a GPU's only
+  TensorView q_norm, k_norm;  // [head_dim]
+  float eps;
+};
+
+/// Everything between the projection to queries, keys and values and attention(): the transform,
+/// RoPE of queries and keys in place, keys and values into the cache.
+///   qkv [tokens, (num_heads + 2 num_kv_heads) head_dim] f32
+void append_qkv(const TensorView& qkv, const QkvTransform& transform, const KvLayer& layer,
+                const Batch& batch, const ExecContext& context);
 
 struct PackedAttentionOptions {
   float scale;     // of the dot products

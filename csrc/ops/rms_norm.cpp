@@ -1,5 +1,6 @@
 #include "kernels/cpu/dispatch.h"
 #include "ops/check.h"
+#include "ops/cuda.h"
 #include "ops/ops.h"
 
 namespace qn::ops {
@@ -20,6 +21,7 @@ void rms_norm(const TensorView& out, const TensorView& x, const TensorView& weig
     check_same_shape(kOp, "residual", *residual, "x", x);
     check_dense_rows(kOp, "residual", *residual);
   }
+  if (context.gpu != nullptr) return cuda::rms_norm(out, x, weight, eps, residual, context);
   RmsNormArgs args{};
   args.out = out.data;
   args.x = x.data;

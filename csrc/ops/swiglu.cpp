@@ -1,5 +1,6 @@
 #include "kernels/cpu/dispatch.h"
 #include "ops/check.h"
+#include "ops/cuda.h"
 #include "ops/ops.h"
 
 namespace qn::ops {
@@ -13,6 +14,7 @@ void swiglu(const TensorView& out, const TensorView& gate, const TensorView& up,
   check_dense_rows("swiglu", "gate", gate);
   check_dense_rows("swiglu", "up", up);
   check_dense_rows("swiglu", "out", out);
+  if (context.gpu != nullptr) return cuda::swiglu(out, gate, up, context);
   SwigluArgs args{};
   args.out = out.data;
   args.gate = gate.data;

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 
+#include "core/env.h"
 #include "core/error.h"
 #include "runtime/prompt_lookup.h"
 
@@ -70,10 +71,17 @@ Engine::Engine(std::shared_ptr<const model::QwenModel> model, const EngineOption
     : model_(std::move(model)),
       options_(checked(model_->config(), options)),
       pool_(options_.threads),
+      workspace_(model_->weights().gpu().get()),
       pages_(pages_for(options_.cache_tokens)),
       memory_(pages_.total(), kPageTokens, model_->config().num_layers,
-              model_->config().num_kv_heads, model_->config().head_dim, options_.kv_dtype),
-      scheduler_(pages_, kPageTokens, options_.max_step_tokens, options_.max_running) {}
+              model_->config().num_kv_heads, model_->config().head_dim, options_.kv_dtype,
+              model_->weights().gpu().get()),
+      scheduler_(pages_, kPageTokens, options_.max_step_tokens, options_.max_running) {
+  if (model_->weights().gpu() != nullptr) {
+    gpu_runner_ =
+        std::make_unique<GpuRunner>(*model_, memory_, options_.context, env::cuda_graphs());
+  }
+}
 
 Engine::~Engine() = default;
 
@@ -144,19 +152,35 @@ void Engine::append_rows(model::BatchPlan& plan, std::span<const int32_t> tokens
   }
 }
 
-void Engine::for_each_logits_row(const float* hidden, int64_t rows, bool exact,
+TensorView Engine::forward(const model::BatchPlan& plan) {
+  if (gpu_runner_ != nullptr) return gpu_runner_->forward(plan, context());
+  const int64_t rows = static_cast<int64_t>(plan.output_rows.size());
+  const int64_t cols = model_->config().hidden_size;
+  const TensorView hidden(workspace_.allocate_array<float>(rows * cols), DType::F32, {rows, cols});
+  model_->forward(hidden, plan.batch(), memory_.layers(), plan.exact, context());
+  return hidden;
+}
+
+void Engine::for_each_logits_row(const TensorView& hidden, bool exact,
                                  const std::function<void(int64_t, float*)>& visit) {
   Workspace::Scope scratch(workspace_);
-  const int64_t vocab = model_->config().vocab_size;
-  float* logits = workspace_.allocate_array<float>(std::min(rows, kLogitRows) * vocab);
+  const int64_t vocab = model_->config().vocab_size, rows = hidden.shape[0];
+  float* logits = gpu_runner_ != nullptr
+                      ? nullptr
+                      : workspace_.allocate_array<float>(std::min(rows, kLogitRows) * vocab);
   for (int64_t row = 0; row < rows; row += kLogitRows) {
-    const int64_t count = std::min(kLogitRows, rows - row);
-    model_->logits(logits, hidden + row * model_->config().hidden_size, count, exact, context());
+    const TensorView some = hidden.rows(row, std::min(row + kLogitRows, rows));
+    const int64_t count = some.shape[0];
+    if (gpu_runner_ != nullptr)
+      logits = gpu_runner_->logits_of(some, exact, context());
+    else
+      model_->logits(TensorView(logits, DType::F32, {count, vocab}), some, exact, context());
     for (int64_t i = 0; i < count; ++i) visit(row + i, logits + i * vocab);
   }
 }
 
 bool Engine::add_drafts(std::vector<Chunk>& chunks) {
+  if (gpu_runner_ != nullptr) return false;
   const auto decodes = [](const Chunk& chunk) {
     const SequenceState& sequence = *chunk.sequence;
     return chunk.count == 1 && sequence.computed + 1 == sequence.length;
@@ -207,13 +231,8 @@ std::vector<Emitted> Engine::step() {
       output_rows.push_back({sequence, position});
     }
   }
-  const int64_t rows = static_cast<int64_t>(output_rows.size());
-  float* hidden = workspace_.allocate_array<float>(rows * model_->config().hidden_size);
-  model_->forward(plan, memory_.layers(), hidden, context());
-  for (const Chunk& chunk : chunks) chunk.sequence->computed += chunk.count;
-
   std::vector<Emitted> out;
-  for_each_logits_row(hidden, rows, plan.exact, [&](int64_t row, float* logits) {
+  const auto visit = [&](int64_t row, float* logits, const GpuRunner::Drawn* drawn) {
     const auto [sequence, position] = output_rows[static_cast<size_t>(row)];
     const int32_t input =
         plan.token_ids[static_cast<size_t>(plan.output_rows[static_cast<size_t>(row)])];
@@ -221,8 +240,35 @@ std::vector<Emitted> Engine::step() {
         !sequence->finished && sequence->length == position + 1 && sequence->tokens.back() == input;
     if (!follows) return;  // a guess before this one, or this one, was wrong
     if (sequence->forks_to_start > 0) start_forks(*sequence, logits, out);
-    emit(*sequence, logits, out);
-  });
+    emit(*sequence, logits, drawn, out);
+  };
+  const auto advance = [&] {
+    for (const Chunk& chunk : chunks) chunk.sequence->computed += chunk.count;
+  };
+  if (gpu_runner_ == nullptr) {
+    const TensorView hidden = forward(plan);
+    advance();
+    for_each_logits_row(hidden, plan.exact,
+                        [&](int64_t row, float* logits) { visit(row, logits, nullptr); });
+  } else {
+    std::vector<std::optional<ops::DrawOptions>> options;
+    std::vector<ops::DrawOptions> draws;
+    for (const auto& [sequence, position] : output_rows) {
+      // Forks draw from the same logits, each with its own seed.
+      options.push_back(sequence->forks_to_start > 0 ? std::nullopt
+                                                     : sequence->sampler.draw_options());
+      draws.push_back(options.back().value_or(ops::DrawOptions{}));
+    }
+    const std::span<const GpuRunner::Drawn> drawn = gpu_runner_->step(plan, draws, context());
+    advance();
+    for (size_t row = 0; row < drawn.size(); ++row) {
+      const int64_t index = static_cast<int64_t>(row);
+      if (options[row])
+        visit(index, nullptr, &drawn[row]);
+      else
+        visit(index, gpu_runner_->logits(index), nullptr);
+    }
+  }
   for (const Chunk& chunk : chunks) {
     SequenceState& sequence = *chunk.sequence;
     if (sequence.computed >= sequence.length) scheduler_.roll_back(sequence, sequence.length - 1);
@@ -236,10 +282,13 @@ std::vector<Emitted> Engine::step() {
   return out;
 }
 
-void Engine::emit(Sequence& sequence, float* logits, std::vector<Emitted>& out) {
+void Engine::emit(Sequence& sequence, float* logits, const GpuRunner::Drawn* drawn,
+                  std::vector<Emitted>& out) {
   Emitted emitted{sequence.request, sequence.index, {}, FinishReason::None, {}};
   try {
-    emitted.token = sequence.sampler.sample(logits, model_->config().vocab_size, context());
+    emitted.token = drawn != nullptr ? sequence.sampler.accept(drawn->token, drawn->log_prob)
+                                     : sequence.sampler.sample(logits, model_->config().vocab_size,
+                                                               host_context());
   } catch (const Error& error) {
     emitted.finish = FinishReason::Error;
     emitted.error = error.what();
@@ -267,7 +316,7 @@ void Engine::start_forks(Sequence& first, float* logits, std::vector<Emitted>& o
     const Scheduler::PageCopy copy = scheduler_.fork(fork, first);
     if (copy.to >= 0) memory_.copy_page(copy.to, copy.from);
     scheduler_.add(&fork);
-    emit(fork, logits, out);
+    emit(fork, logits, nullptr, out);
   }
   first.forks_to_start = 0;
 }
@@ -303,10 +352,8 @@ void Engine::evaluate(std::span<const int32_t> tokens, int64_t first, int64_t pr
       plan.output_rows.push_back(static_cast<int32_t>(row));
     }
     const int64_t rows = static_cast<int64_t>(plan.output_rows.size());
-    float* hidden = workspace_.allocate_array<float>(rows * model_->config().hidden_size);
-    model_->forward(plan, memory_.layers(), hidden, context());
     const int64_t first_position = begin + count - rows;
-    for_each_logits_row(hidden, rows, plan.exact,
+    for_each_logits_row(forward(plan), plan.exact,
                         [&](int64_t row, float* logits) { visit(first_position + row, logits); });
   }
 }
@@ -317,7 +364,7 @@ std::vector<float> Engine::score(std::span<const int32_t> tokens, int64_t prompt
   evaluate(tokens, 0, prompt_length, [&](int64_t position, const float* logits) {
     if (position + 1 == static_cast<int64_t>(tokens.size())) return;
     const TensorView row(const_cast<float*>(logits), DType::F32, {vocab});
-    const float log_total = ops::log_sum_exp(row, context());
+    const float log_total = ops::log_sum_exp(row, host_context());
     result.push_back(logits[tokens[static_cast<size_t>(position + 1)]] - log_total);
   });
   return result;

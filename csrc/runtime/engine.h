@@ -13,6 +13,7 @@
 #include "core/context.h"
 #include "model/qwen.h"
 #include "model/rope_table.h"
+#include "runtime/gpu_runner.h"
 #include "runtime/kv_cache.h"
 #include "runtime/page_pool.h"
 #include "runtime/sampler.h"
@@ -92,21 +93,27 @@ class Engine {
   /// Lets decoding sequences guess their next tokens, and their chunks compute these as well, where
   /// that promises more tokens in the same time. Returns whether any does.
   bool add_drafts(std::vector<Chunk>& chunks);
-  /// Draws from `logits`, appends the token and says whether the sequence ends.
-  void emit(Sequence& sequence, float* logits, std::vector<Emitted>& out);
+  /// Draws from `logits` (or takes what a GPU has drawn from them), appends the token and says
+  /// whether the sequence ends.
+  void emit(Sequence& sequence, float* logits, const GpuRunner::Drawn* drawn,
+            std::vector<Emitted>& out);
   /// The other continuations of a prompt that has just been prefilled: they share its cache and
   /// draw from its logits.
   void start_forks(Sequence& first, float* logits, std::vector<Emitted>& out);
-  void for_each_logits_row(const float* hidden, int64_t rows, bool exact,
+  /// Runs the plan; returns the hidden states of its output rows, where the model runs.
+  TensorView forward(const model::BatchPlan& plan);
+  void for_each_logits_row(const TensorView& hidden, bool exact,
                            const std::function<void(int64_t, float*)>& visit);
-  ExecContext context() { return {pool_, workspace_}; }
+  ExecContext context() { return {pool_, workspace_, model_->weights().gpu().get()}; }
+  ExecContext host_context() { return {pool_, host_workspace_}; }
 
   std::shared_ptr<const model::QwenModel> model_;
   EngineOptions options_;
   ThreadPool pool_;
-  Workspace workspace_;
+  Workspace workspace_, host_workspace_;
   PagePool pages_;
   KvMemory memory_;
+  std::unique_ptr<GpuRunner> gpu_runner_;  // null on the host
   Scheduler scheduler_;
   std::map<std::pair<int64_t, int>, std::unique_ptr<Sequence>> sequences_;  // by request and index
   int64_t next_request_ = 0;

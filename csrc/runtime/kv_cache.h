@@ -4,16 +4,16 @@
 #include <vector>
 
 #include "core/allocator.h"
-#include "ops/ops.h"
+#include "ops/gpu.h"
 
 namespace qn::rt {
 
-/// Memory of all pages and layers, reserved at once and committed as pages are first written. A
-/// page holds all layers, so that a growing sequence touches contiguous memory.
+/// Memory of all pages and layers, reserved at once and, on the host, committed as pages are first
+/// written. A page holds all layers, so that a growing sequence touches contiguous memory.
 class KvMemory {
  public:
   KvMemory(int64_t pages, int64_t page_tokens, int64_t num_layers, int64_t num_kv_heads,
-           int64_t head_dim, DType dtype);
+           int64_t head_dim, DType dtype, const Gpu* gpu = nullptr);
 
   const std::vector<ops::KvLayer>& layers() const { return layers_; }
   int64_t page_tokens() const { return page_tokens_; }
@@ -23,7 +23,10 @@ class KvMemory {
  private:
   int64_t page_tokens_;
   size_t page_bytes_;
-  HostBuffer memory_;
+  const Gpu* gpu_;
+  HostBuffer host_;
+  GpuBuffer device_;
+  char* base_;
   std::vector<ops::KvLayer> layers_;
 };
 

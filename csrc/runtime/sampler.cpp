@@ -342,6 +342,23 @@ SampledToken Sampler::sample(float* logits, int64_t vocab, const ExecContext& co
   return result;
 }
 
+std::optional<ops::DrawOptions> Sampler::draw_options() const {
+  if (edits_logits_ || params_.logprobs >= 0) return std::nullopt;
+  return ops::DrawOptions{params_.temperature, params_.top_p, params_.min_p,
+                          params_.top_k,       params_.seed,  drawn_};
+}
+
+SampledToken Sampler::accept(int32_t token, float drawn_logprob) {
+  if (token < 0) {
+    QN_FAIL("[sampler] logits have NaN or inf, or nothing but -inf, expected finite numbers");
+  }
+  ++drawn_;
+  SampledToken result{};
+  result.id = token;
+  result.drawn_logprob = drawn_logprob;
+  return result;
+}
+
 std::vector<std::pair<int32_t, double>> Sampler::distribution(float* logits, int64_t vocab,
                                                               const ExecContext& context) {
   validate(params_, vocab);

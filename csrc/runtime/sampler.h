@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/context.h"
+#include "ops/gpu.h"
 
 namespace qn::rt {
 
@@ -62,6 +63,12 @@ class Sampler {
   /// ArgumentError as validate() does, and Error when the logits have NaN or +inf or leave no token
   /// to choose. May run inside a parallel region.
   SampledToken sample(float* logits, int64_t vocab, const ExecContext& context);
+
+  /// How a GPU may draw the next token; nothing when that takes the logits (penalties, bias,
+  /// log-probabilities).
+  std::optional<ops::DrawOptions> draw_options() const;
+  /// Records a token that was drawn so, as sample() would; -1 throws Error.
+  SampledToken accept(int32_t token, float drawn_logprob);
 
   /// The distribution that the next sample() would draw from: (id, probability), likeliest first.
   /// For tests.

@@ -162,6 +162,17 @@ struct LinearXentArgs {
   DType dweight_dtype;  // F32 | BF16; in BF16 every chunk's sum is rounded
 };
 
+/// A weight, or some of its rows, from the CPU's order to the GEMMs'.
+struct RepackTilesArgs {
+  const void* source;  // rows [first_row, first_row + rows), as quant_layout.h packs them
+  void* codes;         // of the whole weight (gemm_layout.h)
+  void* scales;        // of the whole weight; Int8 has one group, the others groups of 32 columns
+  int64_t first_row;   // a multiple of 64
+  int64_t rows, cols;
+  int64_t total_rows;
+  WeightFormat format;  // Int8, Int8Grouped or Int4Symmetric
+};
+
 /// How a GEMM is launched. Work is counted in units of one tile x 64 columns, ordered by tile, and
 /// each of the thread blocks takes an equal run of units ("stream-K"); a tile that several blocks
 /// share is summed, in their order, by a second kernel. No atomics: a
@@ -224,5 +235,6 @@ void qn_cuda_gemm_plan(const qn::cuda::GemmArgs* args, const qn::cuda::DeviceInf
 /// Bytes of GemmArgs::workspace that a plan needs, 0 without a split.
 int64_t qn_cuda_gemm_workspace(const qn::cuda::GemmPlan* plan);
 int qn_cuda_gather(const qn::cuda::EmbedArgs* args, void* stream);
+int qn_cuda_repack(const qn::cuda::RepackTilesArgs* args, void* stream);
 }
 #pragma GCC visibility pop

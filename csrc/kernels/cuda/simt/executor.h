@@ -54,6 +54,9 @@ struct Launch {
 /// because of an error after which it makes no sense to go on.
 int run(const Launch& launch);
 
+/// Runs the launch at once without a stream, else queues it (gpu_rt.cpp).
+int submit(const Launch& launch, void* stream);
+
 /// How memory is touched. ReadOnly is the non-coherent path: the data must not change during the
 /// launch.
 enum class Access : uint8_t { Read, ReadOnly, Write, Atomic };

@@ -286,22 +286,24 @@ QN_DEV T& shared_as() {
 
 template <typename... Parameters, typename... Arguments>
 int launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-           size_t shared_bytes, cudaStream_t, const Arguments&... arguments) {
+           size_t shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
   const auto closure = [=] { kernel(Parameters(arguments)...); };
+  static_assert(std::is_trivially_copyable_v<decltype(closure)>);
   const auto body = [](const void* c) { (*static_cast<decltype(closure)*>(c))(); };
   const auto start = [&](const Parameters&... converted) {
     const simt::Argument list[] = {{&converted, sizeof converted}..., {nullptr, 0}};
-    return simt::run({name,
-                      reinterpret_cast<const void*>(kernel),
-                      {grid.x, grid.y, grid.z},
-                      {block.x, block.y, block.z},
-                      shared_bytes,
-                      body,
-                      &closure,
-                      sizeof closure,
-                      list,
-                      static_cast<int>(sizeof...(Parameters)),
-                      kInstrumented});
+    return simt::submit({name,
+                         reinterpret_cast<const void*>(kernel),
+                         {grid.x, grid.y, grid.z},
+                         {block.x, block.y, block.z},
+                         shared_bytes,
+                         body,
+                         &closure,
+                         sizeof closure,
+                         list,
+                         static_cast<int>(sizeof...(Parameters)),
+                         kInstrumented},
+                        stream);
   };
   return start(Parameters(arguments)...);
 }

@@ -1,0 +1,217 @@
+#include "ops/cuda.h"
+
+#include <bit>
+
+#include "kernels/cuda/library.h"
+#include "ops/check.h"
+#include "ops/gpu.h"
+
+namespace qn::ops {
+namespace {
+
+using qn::cuda::Device;
+using qn::cuda::KvPages;
+using qn::cuda::Launchers;
+
+const Device& device_of(const Gpu& gpu) { return static_cast<const Device&>(gpu); }
+const Launchers& launchers(const ExecContext& context) {
+  return device_of(*context.gpu).launchers();
+}
+
+KvPages pages_of(const KvLayer& layer) {
+  return {layer.base,
+          layer.page_stride,
+          std::countr_zero(static_cast<uint64_t>(layer.page_tokens)),
+          static_cast<int32_t>(layer.num_kv_heads),
+          static_cast<int32_t>(layer.head_dim),
+          layer.dtype == DType::I8 ? 8 : 16};
+}
+
+const TensorView& check_activation(const char* op, const char* name, const TensorView& tensor) {
+  QN_CHECK(tensor.dtype == DType::BF16, "[", op, "] ", name, " is ", tensor.describe(),
+           ", expected bf16 on a GPU");
+  check_dense_rows(op, name, tensor);
+  return tensor;
+}
+
+}  // namespace
+
+void repack_weight(const WeightView& weight, int64_t first_row, int64_t rows, const void* packed,
+                   const Gpu& gpu) {
+  qn::cuda::RepackTilesArgs args{};
+  args.source = packed;
+  args.codes = const_cast<void*>(weight.data);
+  args.scales = const_cast<char*>(cuda::scales_of(weight));
+  args.first_row = first_row;
+  args.rows = rows;
+  args.cols = weight.cols;
+  args.total_rows = weight.rows;
+  args.format = weight.format;
+  gpu.check(device_of(gpu).launchers().repack(&args, gpu.stream()), "repack a weight");
+}
+
+void draw_tokens(const TensorView& token, const TensorView& log_prob, const TensorView& logits,
+                 const DrawInputs& inputs, const ExecContext& context) {
+  QN_CHECK(logits.dtype == DType::F32 && logits.rank == 2, "[draw_tokens] logits is ",
+           logits.describe(), ", expected f32[rows, vocab]");
+  constexpr int64_t kMaxVocab = int64_t{1} << 18;
+  QN_CHECK(logits.shape[1] <= kMaxVocab, "[draw_tokens] logits is ", logits.describe(),
+           ", expected at most ", kMaxVocab, " columns");
+  const qn::cuda::SampleArgs args{token.as<int32_t>(), log_prob.as<float>(), logits.as<float>(),
+                                  inputs.temperature,  inputs.top_p,         inputs.min_p,
+                                  inputs.top_k,        inputs.seed,          inputs.index,
+                                  logits.shape[0],     logits.shape[1],      logits.stride[0]};
+  context.gpu->check(launchers(context).sampling(&args, context.gpu->stream()), "draw tokens");
+}
+
+namespace cuda {
+
+void rms_norm(const TensorView& out, const TensorView& x, const TensorView& weight, float eps,
+              const TensorView* residual, const ExecContext& context) {
+  RmsNormArgs args{};
+  args.out = out.data;
+  args.x = x.data;
+  args.residual = residual != nullptr ? residual->data : nullptr;
+  args.weight = weight.data;
+  args.cols = x.shape[1];
+  args.out_stride = out.stride[0];
+  args.x_stride = x.stride[0];
+  args.residual_stride = residual != nullptr ? residual->stride[0] : 0;
+  args.eps = eps;
+  args.dtype = x.dtype;
+  args.weight_dtype = weight.dtype;
+  context.gpu->check(launchers(context).rms_norm(&args, x.shape[0], context.gpu->stream()),
+                     "run rms_norm");
+}
+
+void swiglu(const TensorView& out, const TensorView& gate, const TensorView& up,
+            const ExecContext& context) {
+  SwigluArgs args{};
+  args.out = out.data;
+  args.gate = gate.data;
+  args.up = up.data;
+  args.inter = gate.shape[1];
+  args.out_stride = out.stride[0];
+  args.gate_stride = gate.stride[0];
+  args.up_stride = up.stride[0];
+  args.dtype = gate.dtype;
+  context.gpu->check(launchers(context).swiglu(&args, gate.shape[0], context.gpu->stream()),
+                     "run swiglu");
+}
+
+void gather(const TensorView& out, const TensorView& ids, const WeightView& table,
+            const ExecContext& context) {
+  check_activation("gather", "out", out);
+  qn::cuda::EmbedArgs args{};
+  args.out = out.data;
+  args.ids = ids.as<int32_t>();
+  args.table = table.data;
+  args.scales = is_dense(table.format) ? nullptr : scales_of(table);
+  args.tokens = ids.shape[0];
+  args.rows = table.rows;
+  args.cols = table.cols;
+  args.out_stride = out.stride[0];
+  args.group_size = static_cast<int32_t>(group_size(table));
+  args.bits = bits_of(table.format);
+  context.gpu->check(launchers(context).gather(&args, context.gpu->stream()), "run gather");
+}
+
+void linear(const TensorView& out, const TensorView& x, std::span<const LinearSegment> segments,
+            Epilogue epilogue, bool invariant, const ExecContext& context) {
+  check_activation("linear", "x", x);
+  const Device& device = device_of(*context.gpu);
+  for (const LinearSegment& segment : segments) {
+    const Workspace::Scope scope(context.workspace);
+    const WeightView& weight = segment.weight;
+    qn::cuda::GemmArgs args{};
+    args.out = static_cast<char*>(out.data) +
+               segment.out_offset * static_cast<int64_t>(dtype_size(out.dtype));
+    args.x = x.data;
+    args.weight = weight.data;
+    args.scales = is_dense(weight.format) ? nullptr : scales_of(weight);
+    args.residual = epilogue == Epilogue::Add ? args.out : nullptr;
+    args.tokens = x.shape[0];
+    args.rows = weight.rows;
+    args.cols = weight.cols;
+    args.out_stride = args.residual_stride = out.stride[0];
+    args.x_stride = x.stride[0];
+    args.weight_stride = weight.row_stride;
+    args.group_size = static_cast<int32_t>(group_size(weight));
+    args.out_dtype = out.dtype;
+    args.invariant = invariant;
+    qn::cuda::GemmPlan plan;
+    device.launchers().gemm_plan(&args, &device.device_info(), &plan);
+    const int64_t bytes = device.launchers().gemm_workspace(&plan);
+    if (bytes > 0)
+      args.workspace = static_cast<float*>(context.workspace.allocate(static_cast<size_t>(bytes)));
+    const int bits = bits_of(weight.format);
+    const auto gemm = bits == 16  ? device.launchers().gemm_bf16
+                      : bits == 8 ? device.launchers().gemm_int8
+                                  : device.launchers().gemm_int4;
+    device.check(gemm(&args, &device.device_info(), device.stream()), "run a gemm");
+  }
+}
+
+void append_qkv(const TensorView& qkv, const QkvTransform& transform, const KvLayer& layer,
+                const Batch& batch, const ExecContext& context) {
+  check_activation("append_qkv", "qkv", qkv);
+  QN_CHECK(2 * batch.cos.shape[1] == layer.head_dim, "[append_qkv] cos is ", batch.cos.describe(),
+           ", expected ", layer.head_dim / 2, " columns on a GPU");
+  qn::cuda::RopeKvArgs args{};
+  args.q = qkv.data;
+  args.qkv = qkv.data;
+  args.bias = transform.bias.data;
+  args.q_norm = transform.q_norm.data;
+  args.k_norm = transform.k_norm.data;
+  args.cos = batch.cos.as<float>();
+  args.sin = batch.sin.as<float>();
+  args.positions = batch.gpu.positions;
+  args.query_scale = batch.query_scale.as<float>();
+  args.slots = batch.gpu.slots;
+  args.tokens = batch.tokens();
+  args.q_stride = args.qkv_stride = qkv.stride[0];
+  args.num_heads = static_cast<int32_t>(qkv.shape[1] / layer.head_dim - 2 * layer.num_kv_heads);
+  args.eps = transform.eps;
+  args.kv = pages_of(layer);
+  context.gpu->check(launchers(context).rope(&args, context.gpu->stream()), "run rope");
+}
+
+void attention(const TensorView& out, const TensorView& q, const KvLayer& layer, const Batch& batch,
+               float scale, int64_t window, const ExecContext& context) {
+  check_activation("attention", "q", q);
+  check_activation("attention", "out", out);
+  const Workspace::Scope scope(context.workspace);
+  const Gpu& gpu = *context.gpu;
+  const Batch::OnGpu& on_gpu = batch.gpu;
+  qn::cuda::PagedAttentionArgs args{};
+  args.out = out.data;
+  args.q = q.data;
+  args.page_table = on_gpu.page_table;
+  args.query_begin = on_gpu.query_begin;
+  args.kv_len = on_gpu.kv_len;
+  args.q_stride = q.stride[0];
+  args.out_stride = out.stride[0];
+  args.page_table_stride = static_cast<int32_t>(on_gpu.page_table_stride);
+  args.max_query_len = static_cast<int32_t>(on_gpu.max_query_len);
+  args.max_kv_len = static_cast<int32_t>(on_gpu.max_kv_len);
+  args.num_heads = static_cast<int32_t>(q.shape[1]);
+  args.window = static_cast<int32_t>(window);
+  args.scale = scale;
+  args.kv = pages_of(layer);
+
+  qn::cuda::PagedAttentionArgs decode = args;
+  decode.sequences = static_cast<int32_t>(on_gpu.decoding);
+  const int64_t bytes = launchers(context).attention_decode_workspace(&decode);
+  if (bytes > 0)
+    decode.workspace = static_cast<float*>(context.workspace.allocate(static_cast<size_t>(bytes)));
+  gpu.check(launchers(context).attention_decode(&decode, gpu.stream()), "run attention");
+
+  args.sequences = static_cast<int32_t>(on_gpu.sequences - on_gpu.decoding);
+  args.page_table += on_gpu.decoding * on_gpu.page_table_stride;
+  args.query_begin += on_gpu.decoding;
+  args.kv_len += on_gpu.decoding;
+  gpu.check(launchers(context).attention_prefill(&args, gpu.stream()), "run attention");
+}
+
+}  // namespace cuda
+}  // namespace qn::ops
