@@ -57,6 +57,10 @@ class Benchmark:
     """
 
     def __init__(self, llm: LLM, repeats: int = 5) -> None:
+        if llm.device != "cpu":
+            raise ValueError(
+                f"device is {llm.device!r}, expected 'cpu': GPUs are measured by tools/gpu_check.sh"
+            )
         self.llm = llm
         self.repeats = repeats
         self.peaks: dict[str, Any] = _C.measure_peaks(llm.threads)

@@ -44,6 +44,7 @@ SPECULATION = ("prompt_lookup", "off")
 _MEMORY_SHARE = 0.5  # of the free memory, for the KV cache unless the caller says else
 _GPU_MEMORY_SHARE = 0.8  # of what the weights leave; activations and logits take the rest
 _PAGE_TOKENS = 64
+_STEP_TOKENS, _GPU_STEP_TOKENS = 512, 2048  # of prompts that one step reads at most
 _MAX_SEED = 1 << 63
 
 
@@ -152,6 +153,7 @@ class LLM:
             context=self.context,
             cache_tokens=cache_tokens,
             kv_dtype=kv_dtype,
+            max_step_tokens=_STEP_TOKENS if self._gpu is None else _GPU_STEP_TOKENS,
         )
         self.defaults = SamplingOptions.from_generation_config(
             loaded.generation_config, is_chat_model=loaded.chat_template is not None

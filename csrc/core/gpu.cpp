@@ -96,7 +96,9 @@ PinnedBuffer::PinnedBuffer(const Gpu& gpu, size_t bytes) : gpu_(&gpu), size_(byt
 }
 
 PinnedBuffer::~PinnedBuffer() {
-  if (data_ != nullptr) gpu_->call_.free_host(data_);
+  if (data_ == nullptr) return;
+  gpu_->call_.stream_sync(gpu_->stream_);  // copies may be under way
+  gpu_->call_.free_host(data_);
 }
 
 void GpuInputs::begin(size_t bytes) {

@@ -96,8 +96,8 @@ class GpuEvent {
   void* event_ = nullptr;
 };
 
-/// Page-locked host memory, which copies are made from and to. It must not be changed or freed
-/// before the copies are done.
+/// Page-locked host memory, which copies are made from and to. It must not be changed before the
+/// copies are done.
 class PinnedBuffer {
  public:
   PinnedBuffer() = default;

@@ -60,7 +60,7 @@ void QwenModel::forward(const TensorView& hidden, const ops::Batch& batch,
   for (int64_t i = 0; i < c.num_layers; ++i) {
     const LayerWeights& w = weights_->layers()[static_cast<size_t>(i)];
     ops::KvLayer kv = kv_layers[static_cast<size_t>(i)];
-    if (kv.dtype == DType::I8 && !w.key_scale.empty()) kv.key_scale = w.key_scale.data();
+    if (kv.dtype == DType::I8) kv.key_scale = w.key_scale;
 
     norm(w.input_norm);
     linear(qkv, normed, w.qkv, ops::Epilogue::Store);

@@ -209,6 +209,16 @@ const float* Weights::norm_vector(const std::string& name, int64_t size) {
                             : upload_->vector(name, values, size, DType::F32).as<const float>();
 }
 
+/// Values of our own, where the model runs.
+const float* Weights::keep(const std::string& name, const std::vector<float>& values) {
+  const int64_t size = static_cast<int64_t>(values.size());
+  if (upload_ != nullptr)
+    return upload_->vector(name, values.data(), size, DType::F32).as<const float>();
+  auto* kept = static_cast<float*>(arena_allocate(values.size() * sizeof(float)));
+  std::copy(values.begin(), values.end(), kept);
+  return kept;
+}
+
 /// A vector that append_qkv takes, where the model runs.
 TensorView Weights::head_vector(const std::string& name, int64_t size) {
   const float* values = expect_vector(name, size);
@@ -259,7 +269,8 @@ void Weights::finish() {
       w.k_norm = head_vector(attention + "k_norm.weight", c.head_dim);
     }
     if (c.qkv_bias) {
-      w.key_scale = key_scale(expect_vector(attention + "k_proj.bias", c.kv_width()), c);
+      w.key_scale = keep(attention + "key_scale",
+                         key_scale(expect_vector(attention + "k_proj.bias", c.kv_width()), c));
       if (upload_ != nullptr) w.qkv_bias = upload_qkv_bias(attention);
     }
     w.o_proj = linear({{attention + "o_proj", c.hidden_size}}, c.query_width(), false);

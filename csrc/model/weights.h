@@ -56,7 +56,7 @@ struct LayerWeights {
   Linear qkv;                        // hidden -> (num_heads + 2 num_kv_heads) head_dim
   TensorView qkv_bias;               // of all three on a GPU; on the host the segments have it
   TensorView q_norm, k_norm;         // [head_dim] or no data
-  std::vector<float> key_scale;      // of an int8 KV cache [num_kv_heads, head_dim], or empty
+  const float* key_scale;            // of an int8 KV cache [num_kv_heads, head_dim], or null
   Linear o_proj;                     // num_heads head_dim -> hidden
   const float* post_attention_norm;  // [hidden]
   ops::MlpWeights mlp;               // hidden -> intermediate -> hidden
@@ -106,6 +106,7 @@ class Weights {
   WeightView expect_matrix(const std::string& name, int64_t rows, int64_t cols) const;
   const float* expect_vector(const std::string& name, int64_t size) const;
   const float* norm_vector(const std::string& name, int64_t size);
+  const float* keep(const std::string& name, const std::vector<float>& values);
   TensorView head_vector(const std::string& name, int64_t size);
   TensorView upload_qkv_bias(const std::string& attention);
   Linear linear(std::initializer_list<std::pair<std::string, int64_t>> parts, int64_t cols,

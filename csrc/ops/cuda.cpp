@@ -167,6 +167,7 @@ void append_qkv(const TensorView& qkv, const QkvTransform& transform, const KvLa
   args.sin = batch.sin.as<float>();
   args.positions = batch.gpu.positions;
   args.query_scale = batch.query_scale.as<float>();
+  args.key_scale = layer.key_scale;
   args.slots = batch.gpu.slots;
   args.tokens = batch.tokens();
   args.q_stride = args.qkv_stride = qkv.stride[0];

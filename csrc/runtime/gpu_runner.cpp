@@ -27,14 +27,6 @@ int64_t longest(const model::BatchPlan& plan) {
 
 }  // namespace
 
-/// Captured once the same step has run, and with it made room for everything. Valid while the
-/// addresses that it was captured with are given out again.
-struct GpuRunner::Graph {
-  int64_t workspace_generation, inputs_generation;
-  Outputs outputs;
-  std::unique_ptr<GpuGraph> graph;
-};
-
 GpuRunner::GpuRunner(const model::QwenModel& model, const KvMemory& memory, int64_t context,
                      bool graphs)
     : model_(model),
@@ -43,8 +35,6 @@ GpuRunner::GpuRunner(const model::QwenModel& model, const KvMemory& memory, int6
       context_(context),
       graphs_enabled_(graphs),
       inputs_(gpu_) {}
-
-GpuRunner::~GpuRunner() = default;
 
 GpuRunner::Outputs GpuRunner::compute(const ops::Batch& batch, const ops::DrawInputs& draws,
                                       bool exact, const ExecContext& context) {
@@ -91,23 +81,8 @@ std::span<const GpuRunner::Drawn> GpuRunner::step(const model::BatchPlan& plan,
     results_ = {};
     results_ = PinnedBuffer(gpu_, 2 * result_bytes);
   }
-  std::unique_ptr<Graph>& graph = graphs_[repeats ? shape : Shape{}];
-  const int64_t generation = context.workspace.generation();
-  const bool same = graph != nullptr && graph->workspace_generation == generation &&
-                    graph->inputs_generation == inputs_.generation();
-  if (repeats && same) {
-    if (graph->graph == nullptr) {
-      graph->graph = std::make_unique<GpuGraph>(gpu_);
-      graph->outputs = compute(batch, draw_inputs, plan.exact, context);
-      graph->graph->finish();
-    }
-    graph->graph->launch();
-    outputs_ = graph->outputs;
-  } else {
-    outputs_ = compute(batch, draw_inputs, plan.exact, context);
-    graph = std::make_unique<Graph>(
-        Graph{context.workspace.generation(), inputs_.generation(), {}, nullptr});
-  }
+  const auto run = [&] { return compute(batch, draw_inputs, plan.exact, context); };
+  outputs_ = repeats ? replay(shape, run, context.workspace) : run();
   char* results = static_cast<char*>(results_.data());
   gpu_.copy(results, outputs_.tokens.data, result_bytes);
   gpu_.copy(results + result_bytes, outputs_.log_probs.data, result_bytes);
@@ -118,6 +93,26 @@ std::span<const GpuRunner::Drawn> GpuRunner::step(const model::BatchPlan& plan,
     std::memcpy(&drawn_[row].log_prob, results + result_bytes + row * sizeof(float), sizeof(float));
   }
   return drawn_;
+}
+
+GpuRunner::Outputs GpuRunner::replay(Shape shape, const std::function<Outputs()>& run,
+                                     const Workspace& workspace) {
+  const Addresses addresses{workspace.generation(), inputs_.generation()};
+  const auto found = graphs_.find(shape);
+  if (found == graphs_.end() || found->second.addresses != addresses) {
+    const Outputs outputs = run();
+    graphs_[shape] = {{workspace.generation(), inputs_.generation()}, outputs, nullptr};
+    return outputs;
+  }
+  Graph& graph = found->second;
+  if (graph.captured == nullptr) {
+    auto captured = std::make_unique<GpuGraph>(gpu_);
+    graph.outputs = run();
+    captured->finish();
+    graph.captured = std::move(captured);
+  }
+  graph.captured->launch();
+  return graph.outputs;
 }
 
 float* GpuRunner::to_host(const TensorView& logits) {

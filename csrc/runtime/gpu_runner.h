@@ -2,6 +2,7 @@
 // tokens.
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <span>
@@ -23,7 +24,6 @@ class GpuRunner {
  public:
   /// `graphs`: whether to capture any.
   GpuRunner(const model::QwenModel& model, const KvMemory& memory, int64_t context, bool graphs);
-  ~GpuRunner();
 
   struct Drawn {
     int32_t token;   // -1: the logits leave nothing to draw from
@@ -46,11 +46,20 @@ class GpuRunner {
     TensorView logits;
     TensorView tokens, log_probs;
   };
-  struct Graph;
+  using Addresses = std::pair<int64_t, int64_t>;  // generations of workspace and inputs
+  /// Captured once the same step has run, and with it made room for everything. Valid while the
+  /// addresses of then are given out again.
+  struct Graph {
+    Addresses addresses;
+    Outputs outputs;
+    std::unique_ptr<GpuGraph> captured;
+  };
   using Shape = std::pair<int64_t, int64_t>;  // sequences, longest
 
   Outputs compute(const ops::Batch& batch, const ops::DrawInputs& draws, bool exact,
                   const ExecContext& context);
+  /// Runs a step of a shape that comes up again.
+  Outputs replay(Shape shape, const std::function<Outputs()>& run, const Workspace& workspace);
   float* to_host(const TensorView& logits);
 
   const model::QwenModel& model_;
@@ -62,7 +71,7 @@ class GpuRunner {
   PinnedBuffer results_, logits_;
   Outputs outputs_;
   std::vector<Drawn> drawn_;
-  std::map<Shape, std::unique_ptr<Graph>> graphs_;
+  std::map<Shape, Graph> graphs_;
 };
 
 }  // namespace qn::rt

@@ -144,6 +144,38 @@ def test_decoding(checkpoints, architecture, kv_dtype):
     assert kv_dtype == "int8" or torch.equal(chosen[decided, 0], expected.argmax(-1)[decided])
 
 
+def test_int8_cache_with_large_key_biases(tmp_path):
+    """The cache's keys are divided by what their biases make large, as on the CPU."""
+    model = make_checkpoint(tmp_path, "qwen2", dtype=torch.bfloat16, **SHAPES["qwen2"])
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.bias[5] = 120.0
+    copy.deepcopy(model).bfloat16().save_pretrained(tmp_path)
+    ids = random_ids(60)
+    cpu = [
+        LLM(tmp_path, weights="bf16", kv_dtype=name).logits(ids, last=20)
+        for name in ("int8", "bf16")
+    ]
+    reference = logits(model, ids)[-20:].double()
+    plain = logits(copy.deepcopy(model).bfloat16(), ids)[-20:].float()
+    actual = torch.from_numpy(load(tmp_path, kv_dtype="int8").logits(ids, last=20))
+    assert_contraction(actual, reference, plain + torch.from_numpy(cpu[0] - cpu[1]))
+
+
+def test_packed_files(checkpoints, monkeypatch, tmp_path):
+    folder, _ = checkpoints["qwen3"]
+    monkeypatch.setenv("QN_CACHE", str(tmp_path))
+    files = {
+        weights: LLM(folder, weights=weights, packed_cache=True).packed_file
+        for weights in ("int8", "int4")
+    }
+    ids = random_ids(20)
+    packed, unpacked = load(files["int8"], "auto"), load(folder, "int8")
+    assert np.array_equal(packed.logits(ids), unpacked.logits(ids))
+    with pytest.raises(ValueError, match="is held as int4, which no GPU kernel reads; expected"):
+        load(files["int4"], "auto")
+
+
 def test_batch_and_alone_are_the_same(checkpoints):
     """With invariant=True, bit for bit; five sequences are filled up to eight in a graph."""
     folder, _ = checkpoints["qwen3"]

@@ -27,6 +27,7 @@ class Rope:
         bias: bool = False,
         norm: bool = False,
         logn: bool = False,
+        key_scale: bool = False,
         page_shift: int = 4,
         scale: float = 1.0,
     ) -> None:
@@ -44,6 +45,8 @@ class Rope:
         self.cos, self.sin = angle.cos(), angle.sin()
         self.positions = torch.randint(0, POSITIONS, (tokens,), generator=rng, dtype=torch.int32)
         self.query_scale = torch.rand(tokens, generator=rng) + 1 if logn else None
+        half = torch.rand((kv_heads, head_dim // 2), generator=rng) * 4 + 1
+        self.key_scale = torch.cat([half, half], -1) if key_scale else None
         pages = -(-tokens // (1 << page_shift)) + 2
         self.cache = PagedCache(pages, page_shift, kv_heads, head_dim, bits)
         slots = torch.randperm(pages << page_shift, generator=rng)[:tokens]
@@ -68,6 +71,7 @@ class Rope:
             sin=pointer(self.sin),
             positions=pointer(self.positions),
             query_scale=pointer(self.query_scale),
+            key_scale=pointer(self.key_scale),
             slots=pointer(self.slots),
             tokens=tokens,
             q_stride=(total if in_place else self.heads) * head_dim,
@@ -102,6 +106,9 @@ class Rope:
         q, k = rotated(normed(q, self.q_norm)), rotated(normed(k, self.k_norm))
         if self.query_scale is not None:
             q = q * self.query_scale.double()[:, None, None]
+        if self.key_scale is not None:
+            q = q * self.key_scale.double().repeat_interleave(self.heads // self.kv_heads, 0)
+            k = k / self.key_scale.double()
         return q, k, v
 
     def check(self, q: torch.Tensor) -> None:
@@ -141,6 +148,14 @@ def test_matches_reference(sim, rng, head_dim, heads, bits):
 def test_switches(sim, rng, bias, norm, logn, in_place):
     rope = Rope(rng, 4, 8, 2, 64, bias=bias, norm=norm, logn=logn)
     rope.check(rope.run(sim, in_place))
+
+
+@pytest.mark.parametrize("heads", [(6, 2), (20, 1), (5, 5)])
+@pytest.mark.parametrize("head_dim", [64, 80])
+@pytest.mark.parametrize("bits", [16, 8])
+def test_key_scale(sim, rng, heads, head_dim, bits):
+    rope = Rope(rng, 3, *heads, head_dim, bits=bits, bias=True, logn=True, key_scale=True)
+    rope.check(rope.run(sim))
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
@@ -200,6 +215,6 @@ def test_traffic_is_within_5_percent(sim, rng, norm):
 
 @pytest.mark.parametrize("bits", [16, 8])
 def test_ptx_agrees(sim, rng, bits):
-    rope = Rope(rng, 2, 5, 2, 80, bits=bits, bias=True, norm=True, logn=True)
+    rope = Rope(rng, 2, 6, 2, 80, bits=bits, bias=True, norm=True, logn=True, key_scale=True)
     sim.compare_with_ptx(CUDA / "rope.cu")
     rope.run(sim)

@@ -48,6 +48,8 @@ struct RopeKvArgs {
   const float *cos, *sin;       // [positions, head_dim / 2]
   const int32_t* positions;     // [tokens], row of cos and sin
   const float* query_scale;     // [tokens] (LogN), or null
+  const float* key_scale;       // [num_kv_heads, head_dim] or null: keys are divided by it, queries
+                                // multiplied; the same for the two elements of a pair
   const int32_t* slots;         // [tokens], page * page_tokens + slot; negative: not written
   int64_t tokens;
   int64_t q_stride, qkv_stride;  // elements between tokens, multiples of 8

@@ -1,6 +1,7 @@
 // Everything between the qkv projection and attention in one pass: bias, QK-norm, rotary embedding
-// and LogN scale of the query heads, and the keys and values written to the paged cache, as bf16 or
-// as int8 with one scale per row. float32 inside; a value is rounded once, when it is stored.
+// and LogN scale of the query heads, the scale that an int8 cache's keys are divided by, and the
+// keys and values written to the paged cache, as bf16 or as int8 with one scale per row. float32
+// inside; a value is rounded once, when it is stored.
 //
 //   rope     pairs (i, i + head_dim / 2): (a, b) -> (a cos - b sin, b cos + a sin)
 //   block    one token, 16 heads at a time; eight lanes have a head, each two vectors of eight
@@ -131,10 +132,28 @@ __global__ __launch_bounds__(kThreads) void rope_kernel(RopeKvArgs args) {
       }
     }
     if (!is_value) {
-      const float factor = is_query ? query_scale : 1.0f;
+      float factor[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) factor[i] = is_query ? query_scale : 1.0f;
+      if (args.key_scale != nullptr && exists) {
+        const int owner = is_query ? head / (args.num_heads / args.kv.num_kv_heads) : kv_head_index;
+        const float* scale = args.key_scale + owner * head_dim + begin;
+#pragma unroll
+        for (int i = 0; i < 8; i += 4) {
+          float v[4];
+          load(v, scale + i);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            if (is_query)
+              factor[i + j] *= v[j];
+            else
+              factor[i + j] /= v[j];
+          }
+        }
+      }
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const float c = cos[i] * factor, s = sin[i] * factor;
+        const float c = cos[i] * factor[i], s = sin[i] * factor[i];
         const float x = a[i], y = b[i];
         a[i] = x * c - y * s;
         b[i] = y * c + x * s;
