@@ -248,7 +248,7 @@ void ThreadPool::run(int64_t n, int64_t grain, RangeFn fn, void* body) {
   std::lock_guard<std::mutex> one_region(state_->caller);
   State& state = *state_;
   if (state.workers.empty()) state.start_workers(this, threads_);
-  const int64_t wanted = (n + threads_ * kChunksPerThread - 1) / (threads_ * kChunksPerThread);
+  const int64_t wanted = std::max<int64_t>(n / (threads_ * kChunksPerThread), 1);
   state.chunk = (wanted + grain - 1) / grain * grain;
   state.fn = fn;
   state.body = body;

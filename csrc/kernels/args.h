@@ -396,7 +396,8 @@ struct GatedWeight {
   WeightFormat format;
 };
 
-/// out = silu(x gate^T) * (x up^T). Work is numbered [chunk of chunk_tokens tokens][block of out].
+/// out = silu(x gate^T) * (x up^T). Work is [chunk of chunk_tokens tokens][block of out]: the first
+/// whole_units of these are a unit each, the others are cut along their tokens into `pieces` units.
 struct GatedGemmFoldedArgs {
   FoldedActivations out;  // [tokens, rows], block_cols a multiple of 64
   GatedWeight gate, up;   // [rows, cols]
@@ -404,6 +405,7 @@ struct GatedGemmFoldedArgs {
   FoldedActivations x;    // [tokens, cols]
   int64_t rows, cols;
   int64_t chunk_tokens;  // a multiple of 32
+  int64_t whole_units, pieces;
 };
 
 struct DecodeSourceArgs {

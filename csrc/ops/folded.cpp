@@ -7,8 +7,8 @@
 namespace qn::ops {
 namespace {
 
-/// Folded activations of one pass over the weights; they and two unpacked panels stay in L2.
-constexpr int64_t kFoldedChunkBytes = 1400 << 10;
+/// More tokens a chunk only lengthen what one unit of work takes.
+constexpr int64_t kMostChunkTokens = 1024;
 
 /// Wider blocks make the tiles wait less for float work, narrower ones keep more of the small
 /// activations beside large ones (docs/NUMERICS.md).
@@ -57,12 +57,12 @@ FoldedActivations fold(const TensorView& x, int64_t block_cols, const ExecContex
   return out;
 }
 
-int64_t folded_chunk_tokens(int64_t tokens, int64_t bytes_per_token) {
+int64_t folded_chunk_tokens(int64_t tokens, int64_t units_per_chunk, int threads) {
   constexpr int64_t kPair = 2 * cpu::kTokenTile;
-  const int64_t fitting =
-      std::max(kFoldedChunkBytes / std::max<int64_t>(bytes_per_token, 1), kPair);
-  const int64_t chunks = chunk_count(tokens, fitting);
-  return ((tokens + chunks - 1) / chunks + kPair - 1) / kPair * kPair;
+  const int64_t needed = chunk_count(2 * threads, std::max<int64_t>(units_per_chunk, 1));
+  const int64_t chunks = std::max(chunk_count(tokens, kMostChunkTokens), needed);
+  const int64_t chunk = (tokens + chunks - 1) / chunks;
+  return (chunk + kPair - 1) / kPair * kPair;
 }
 
 }  // namespace qn::ops

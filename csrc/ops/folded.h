@@ -27,9 +27,9 @@ FoldedActivations allocate_folded(int64_t tokens, int64_t cols, int64_t block_co
 /// x [tokens, cols] f32, last axis dense.
 FoldedActivations fold(const TensorView& x, int64_t block_cols, const ExecContext& context);
 
-/// Tokens of a chunk, a multiple of 32, so that bytes_per_token of each stay in L2 while the panels
-/// pass.
-int64_t folded_chunk_tokens(int64_t tokens, int64_t bytes_per_token);
+/// Tokens of a chunk, a multiple of 32: all of them up to a limit, fewer where
+/// `units_per_chunk` units of work a chunk leave threads without.
+int64_t folded_chunk_tokens(int64_t tokens, int64_t units_per_chunk, int threads);
 
 constexpr int64_t chunk_count(int64_t tokens, int64_t chunk_tokens) {
   return (tokens + chunk_tokens - 1) / chunk_tokens;

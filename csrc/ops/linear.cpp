@@ -57,6 +57,7 @@ class Inputs {
 
   const cpu::CpuKernels& kernels() const { return kernels_; }
   int64_t scratch_bytes() const { return scratch_bytes_; }
+  int threads() const { return context_.pool.threads(); }
 
   void* packed_bf16() {
     const GemmWorkspace needed = kernels_.gemm_bf16_workspace(tokens_, cols_);
@@ -91,7 +92,7 @@ class Inputs {
   }
 
   FoldedActivations folded(int64_t block_cols) {
-    scratch_bytes_ = std::max(scratch_bytes_, cpu::gemm_folded_scratch(cols_));
+    scratch_bytes_ = std::max(scratch_bytes_, cpu::gemm_folded_scratch(cols_, tokens_));
     for (const FoldedActivations& made : folded_) {
       if (made.block_cols == block_cols) return made;
     }
@@ -132,11 +133,11 @@ Args common_args(const TensorView& out, const LinearSegment& segment, Epilogue e
 }
 
 GemmFoldedArgs folded_args(const TensorView& out, const FoldedActivations& x,
-                           const LinearSegment& segment, Epilogue epilogue) {
+                           const LinearSegment& segment, Epilogue epilogue, int threads) {
   auto args = common_args<GemmFoldedArgs>(out, segment, epilogue);
   args.x = x;
   args.format = segment.weight.format;
-  args.chunk_tokens = folded_chunk_tokens(x.tokens, cpu::folded_cols(args.cols));
+  args.chunk_tokens = folded_chunk_tokens(x.tokens, panel_count(args.rows), threads);
   return args;
 }
 
@@ -166,7 +167,8 @@ Job make_job(const TensorView& out, const TensorView& x, const LinearSegment& se
   if (tiles || format == WeightFormat::Int8) {
     const int64_t block_cols =
         format == WeightFormat::Int8 ? int8_block_cols(x.shape[1]) : kFoldedBlockCols;
-    const GemmFoldedArgs args = folded_args(out, inputs.folded(block_cols), segment, epilogue);
+    const GemmFoldedArgs args =
+        folded_args(out, inputs.folded(block_cols), segment, epilogue, inputs.threads());
     if (!tiles) return {Kernel<GemmFoldedArgs>{kernels.gemm_int8, args}, unit, unit + panels};
     return {Kernel<GemmFoldedArgs>{kernels.gemm_folded, args}, unit, unit + folded_units(args)};
   }
@@ -257,9 +259,10 @@ double token_cost() {
 
 void linear_folded(const TensorView& out, const FoldedActivations& x, const LinearSegment& segment,
                    Epilogue epilogue, const ExecContext& context) {
-  const GemmFoldedArgs args = folded_args(out, x, segment, epilogue);
-  const int64_t units = folded_units(args), scratch_bytes = cpu::gemm_folded_scratch(args.cols);
   const int threads = context.pool.threads();
+  const GemmFoldedArgs args = folded_args(out, x, segment, epilogue, threads);
+  const int64_t units = folded_units(args);
+  const int64_t scratch_bytes = cpu::gemm_folded_scratch(args.cols, x.tokens);
   char* scratch = context.workspace.allocate_array<char>(scratch_bytes * threads);
   const auto kernel = cpu::active_cpu_kernels().gemm_folded;
   context.pool.parallel_for(units, balanced_chunk(units, threads),

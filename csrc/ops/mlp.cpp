@@ -8,6 +8,10 @@
 namespace qn::ops {
 namespace {
 
+/// Results of a block of columns that stay in L2 beside the weights, where these take several
+/// passes.
+constexpr int64_t kMostHeldTokens = 256;
+
 /// silu(x gate^T) * (x up^T), folded for `down`.
 FoldedActivations gated_folded(const TensorView& x, const MlpWeights& weights,
                                const ExecContext& context) {
@@ -23,18 +27,23 @@ FoldedActivations gated_folded(const TensorView& x, const MlpWeights& weights,
   args.x = fold(x, int8 ? int8_block_cols(gate.cols) : kFoldedBlockCols, context);
   args.rows = gate.rows;
   args.cols = gate.cols;
-  args.chunk_tokens = folded_chunk_tokens(tokens, cpu::folded_cols(gate.cols) + out_block_cols * 4);
   const int threads = context.pool.threads();
   const int64_t blocks = args.out.blocks(gate.rows);
-  const auto chunks = [&] { return chunk_count(tokens, args.chunk_tokens); };
-  while (chunks() * blocks < 2 * threads && args.chunk_tokens >= 4 * cpu::kTokenTile) {
-    args.chunk_tokens = (args.chunk_tokens / 2 + 31) / 32 * 32;
+  args.chunk_tokens = folded_chunk_tokens(tokens, blocks, threads);
+  if (cpu::gated_held_tokens(gate.cols, args.chunk_tokens, out_block_cols) > kMostHeldTokens) {
+    args.chunk_tokens = std::min(args.chunk_tokens, kMostHeldTokens);
   }
+  const int64_t chunks = chunk_count(tokens, args.chunk_tokens);
+  // The blocks left over when all threads have the same number, and the last one, which may be
+  // narrow, are divided among the threads.
+  args.whole_units = (blocks * chunks - 1) / threads * threads;
+  args.pieces = args.chunk_tokens >= 64 * threads ? threads : 1;
+  const int64_t units = args.whole_units + (blocks * chunks - args.whole_units) * args.pieces;
   const int64_t scratch_bytes =
       cpu::gated_gemm_folded_scratch(gate.cols, args.chunk_tokens, out_block_cols);
   char* scratch = context.workspace.allocate_array<char>(scratch_bytes * threads);
   const auto kernel = cpu::active_cpu_kernels().gated_gemm_folded;
-  context.pool.parallel_for(chunks() * blocks, 1, [&](int64_t begin, int64_t end, int thread) {
+  context.pool.parallel_for(units, 1, [&](int64_t begin, int64_t end, int thread) {
     GatedGemmFoldedArgs mine = args;
     mine.scratch = scratch + thread * scratch_bytes;
     kernel(mine, begin, end);

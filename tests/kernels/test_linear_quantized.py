@@ -130,6 +130,21 @@ def test_bits_do_not_depend_on_batch_or_threads(isa, rng, rows, cols, fmt):
         _C.set_op_threads(threads)
 
 
+def test_int8_bits_with_more_panels_than_stay_in_l2(isa, rng):
+    """Several passes over the tokens and over the columns; single tokens take another kernel."""
+    x, weight, bias = make(rng, "int8", 70, 500, 4100)  # 16 panels, of which 7 fit
+    x = x[: 10 if isa == "scalar" else 70]
+    threads = _C.op_threads()
+    try:
+        for count in (1, 3):
+            _C.set_op_threads(count)
+            whole = linear(x, weight, bias)
+            for token in (0, 5, len(x) - 1):
+                assert torch.equal(linear(x[token : token + 1], weight, bias)[0], whole[token])
+    finally:
+        _C.set_op_threads(threads)
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_levels_with_fused_multiply_add_agree(rng, fmt):
     """The int32 sums are exact and the order of float operations is the same at every level."""

@@ -8,7 +8,7 @@ import torch
 from quantized_inputs import Weight, block_cols, quantized
 from tolerance import assert_contraction
 
-from qwen_native import ops
+from qwen_native import _C, ops
 
 FORMATS = quant_reference.FORMATS
 FOLDED_TOKENS = 8  # csrc/ops/ops.h: from here on, at the level amx
@@ -87,7 +87,11 @@ def test_folded(isa, rng, fmt, tokens, inter, hidden):
         assert relative_error(out, inner @ folded_values(down).T) < 0.015
 
 
-@pytest.mark.parametrize("tokens,inter,hidden", [(2, 600, 200), (300, 1100, 900), (70, 33, 31)])
+@pytest.mark.parametrize(
+    "tokens,inter,hidden",
+    # the last one: more weights than stay in L2, and more columns than fit L1
+    [(2, 600, 200), (300, 1100, 900), (70, 33, 31), (290, 530, 1300)],
+)
 def test_int8_keeps_its_bits(isa, rng, tokens, inter, hidden):
     """Fused for many tokens, three ops for a few: the same bits, whatever the number of tokens."""
     gate, up, down = matrices(rng, "int8", inter, hidden, 45)
@@ -115,8 +119,10 @@ def test_int8_beside_4_bits(isa, rng, mixed):
     assert relative_error(out, inner @ down.values.T) < 0.03
 
 
-@pytest.mark.parametrize("fmt", ["int4_symmetric", "int4"])
-def test_folded_rows_do_not_depend_on_each_other(isa, rng, fmt):
+@pytest.mark.parametrize("fmt", ["int8", "int4_symmetric", "int4"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_folded_rows_do_not_depend_on_each_other(isa, rng, fmt, count):
+    """Nor on how many threads share the work, whose last pieces are cut along the tokens."""
     gate, up, down = matrices(rng, fmt, 600, 200, 45)
     x = torch.randn((300, 200), generator=rng)
 
@@ -125,8 +131,13 @@ def test_folded_rows_do_not_depend_on_each_other(isa, rng, fmt):
         return ops.mlp(out, rows, gate.packed, up.packed, down.packed)
 
     whole = run(x)
-    for tokens in (8, 16, 33, 257):
-        assert torch.equal(run(x[300 - tokens :]), whole[300 - tokens :]), tokens
+    threads = _C.op_threads()
+    try:
+        _C.set_op_threads(count)
+        for tokens in (8, 16, 33, 257, 300):
+            assert torch.equal(run(x[300 - tokens :]), whole[300 - tokens :]), tokens
+    finally:
+        _C.set_op_threads(threads)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -1,17 +1,23 @@
-// What the folded GEMMs share: int8 tiles of sixteen plus sixteen weight rows, times a chunk of
-// folded activations, with the float work hidden between the tile products. Level amx only.
+// What the folded GEMMs share: int8 tiles of sixteen plus sixteen weight rows, times folded
+// activations, with the float work spread between the tile products. Level amx only.
 //
-//   weight  int8, one scale per row. Int8 panels are tiles as they lie and are prefetched a pair
-//           ahead. 4-bit ones are w8 = round(weight / fold_scale); a pair of half panels is
-//           unpacked to [step of 64 columns][side][16][64] before its products: spread between them
-//           the unpacking costs three times as much, because its stores delay the tile loads
+//   weight  int8, one scale per row. Int8 panels are tiles as they lie. 4-bit ones are
+//           w8 = round(weight / fold_scale), unpacked to [step of 64 columns][side][16][64] before
+//           the products: spread between them the unpacking costs three times as much, because its
+//           stores delay the tile loads
 //   x       int8, one scale per token and block of columns (FoldedActivations)
 //   y       sum over the blocks of x scale * int32 sum, given to a Sink, which multiplies by the
 //           rows' scales; the float operations are those of gemm_int8.cpp, in the same order
+//   order   for pairs that stay in L2: for 32 tokens, whose activations stay in L1: for each pair.
+//           So a pair is unpacked once for all tokens, and the results of 32 tokens come together
 //
 // A Sink takes the two vectors of sixteen sums that a token has with a pair:
+//   start_pairs(end)       the pairs up to `end`, where the last ones ended, meet all tokens
+//   start_tokens(token)    these pairs meet 32 tokens
+//   prepare(pair, begin, end)  results of the pair with these tokens will follow
 //   start(pair, scale[2])  before the first of them
-//   row(token, y[2])       each token of the chunk once
+//   row(token, y[2])       each token once
+//   finish_tokens(begin, end)  all of these pairs have met these tokens
 #pragma once
 #include "kernels/cpu/amx_tile.h"
 #include "kernels/cpu/kernels.h"
@@ -24,6 +30,8 @@ constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kStepBytes = 2 * kTileBytes;
 /// Of packed 4-bit weights; matters when few tokens share a panel.
 constexpr int64_t kFoldedPrefetchBytes = 3072;
+/// Steps whose tiles of 32 tokens stay in L1 while pairs pass.
+constexpr int64_t kL1Steps = 16;
 
 /// Sixteen rows of a packed panel.
 struct HalfPanel {
@@ -115,115 +123,210 @@ QN_INLINE const int8_t* tiles_of(const HalfPanel& half, int64_t groups, int8_t* 
   return out;
 }
 
-/// Brings the Int8 tiles of a pair to L2, some lines at a time.
-class PairPrefetch {
+/// Brings tiles of one side to L2 while other tiles are multiplied.
+class Prefetch {
  public:
-  QN_INLINE void start(const PanelPair& pair, int64_t steps, int64_t lines_per_call) {
-    lines_ = lines_per_call;
+  /// `steps` tiles, kStepBytes apart; `half`: half a tile a call, else a whole one.
+  QN_INLINE void start(const int8_t* tiles, int64_t steps, bool half) {
+    at_ = reinterpret_cast<const char*>(tiles);
+    end_ = at_ + steps * kStepBytes;
     line_ = 0;
-    end_ = 0;
-    for (int s = 0; s < 2; ++s) {
-      if (pair.side[s].format != WeightFormat::Int8) return;
-      tiles_[s] = reinterpret_cast<const char*>(pair.side[s].tiles());
-    }
-    end_ = steps * kLinesPerStep;
+    lines_per_call_ = half ? kTileBytes / 128 : kTileBytes / 64;
   }
-  QN_INLINE void stop() { line_ = end_ = 0; }
-
   QN_INLINE void some() {
-    const int64_t until = line_ + lines_ < end_ ? line_ + lines_ : end_;
-    for (; line_ < until; ++line_) {
-      const int64_t in_step = line_ % kLinesPerStep;
-      __builtin_prefetch(
-          tiles_[in_step / 16] + line_ / kLinesPerStep * kStepBytes + in_step % 16 * 64, 0, 2);
+    if (at_ == end_) return;
+    for (int i = 0; i < lines_per_call_; ++i) __builtin_prefetch(at_ + 64 * (line_ + i), 0, 2);
+    line_ += lines_per_call_;
+    if (line_ == kTileBytes / 64) {
+      line_ = 0;
+      at_ += kStepBytes;
     }
   }
 
  private:
-  static constexpr int64_t kLinesPerStep = 32;
-  const char* tiles_[2] = {};
-  int64_t line_ = 0, end_ = 0, lines_ = 0;
+  const char *at_ = nullptr, *end_ = nullptr;
+  int line_ = 0, lines_per_call_ = 0;
 };
 
-/// What a thread needs for 32 tokens x a pair; room for an unpacked pair follows it.
+/// A pair that stays in L2 while the tokens pass.
+struct ResidentPair {
+  const int8_t* tiles[2];
+  __m512 scale[2];
+};
+
+/// What a thread needs beside the unpacked pairs, which follow it.
 struct FoldedStaging {
-  alignas(64) int32_t sums[4][16][16];  // [token half * 2 + side][token][row]
-  alignas(64) float total[4][16][16];
+  alignas(64) int32_t sums[2][32][2][16];  // by turns [token][side][row]
+  ResidentPair pairs[kFoldedPairs];
+  alignas(64) float totals[kFoldedPairs][32][2][16];
 };
+static_assert(sizeof(FoldedStaging) <= kFoldedStagingBytes, "ops reserve too little");
 
-/// Float work of 32 tokens and one block of columns, a token at a time.
+/// Float work of 32 tokens, a pair and one block of columns, some tokens at a time.
 template <class Sink>
 class FoldedEpilogue {
  public:
-  QN_INLINE void start(const FoldedActivations& x, FoldedStaging* staging, int64_t token,
-                       int64_t last_token, int64_t block, int64_t blocks) {
-    staging_ = staging;
+  QN_INLINE void start(const FoldedActivations& x, int64_t token, int64_t end_token, int64_t block,
+                       int64_t blocks, const int32_t (*sums)[2][16], float (*total)[2][16]) {
     row_ = 0;
-    const int64_t left = last_token - token;
-    rows_ = static_cast<int>(left < 32 ? left : 32);
+    rows_ = static_cast<int>(end_token - token);
+    sums_ = sums;
     token_ = token;
     scale_ = x.scale + token * blocks + block;
     scale_stride_ = blocks;
+    total_ = total;
     first_ = block == 0;
     last_ = block + 1 == blocks;
   }
 
-  QN_INLINE bool done() const { return row_ >= rows_; }
-
-  QN_INLINE void token(Sink& sink) {
-    const int tile = row_ / 16 * 2, t = row_ % 16;
-    const __m512 scale = _mm512_set1_ps(scale_[row_ * scale_stride_]);
-    __m512 y[2];
-#pragma GCC unroll 2
-    for (int s = 0; s < 2; ++s) {
-      const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(staging_->sums[tile + s][t]));
-      float* total = staging_->total[tile + s][t];
-      y[s] =
-          first_ ? _mm512_mul_ps(sum, scale) : _mm512_fmadd_ps(sum, scale, _mm512_load_ps(total));
-      if (!last_) _mm512_store_ps(total, y[s]);
+  QN_INLINE void some(Sink& sink, int count) {
+    const int end = row_ + count < rows_ ? row_ + count : rows_;
+    if (last_) {
+      first_ ? rows<true, true>(sink, end) : rows<false, true>(sink, end);
+    } else {
+      first_ ? rows<true, false>(sink, end) : rows<false, false>(sink, end);
     }
-    if (last_) sink.row(token_ + row_, y);
-    ++row_;
+    row_ = end;
   }
+  QN_INLINE void rest(Sink& sink) { some(sink, 32); }
 
  private:
-  FoldedStaging* staging_ = nullptr;
+  template <bool first, bool last>
+  QN_INLINE void rows(Sink& sink, int end) {
+    for (int row = row_; row < end; ++row) {
+      const __m512 scale = _mm512_set1_ps(scale_[row * scale_stride_]);
+      __m512 y[2];
+#pragma GCC unroll 2
+      for (int s = 0; s < 2; ++s) {
+        const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums_[row][s]));
+        float* total = total_[row][s];
+        y[s] =
+            first ? _mm512_mul_ps(sum, scale) : _mm512_fmadd_ps(sum, scale, _mm512_load_ps(total));
+        if constexpr (!last) _mm512_store_ps(total, y[s]);
+      }
+      if constexpr (last) sink.row(token_ + row, y);
+    }
+  }
+
   int row_ = 0, rows_ = 0;
   int64_t token_ = 0;
   const float* scale_ = nullptr;
   int64_t scale_stride_ = 0;
+  const int32_t (*sums_)[2][16] = nullptr;
+  float (*total_)[2][16] = nullptr;
   bool first_ = false, last_ = false;
 };
 
-/// One block of columns for 32 tokens (16 when `two` is false) into staging->sums, with side work
-/// between. Rows of a tile that has fewer tokens are whatever follows.
+/// One block of columns for 32 tokens (16 when `two` is false) into sums, with `side` called 2 *
+/// steps (steps) times between. Rows of a tile that has fewer tokens are whatever follows.
+///
+/// Two sums at a time, so that four tile registers are in use: a core has few beyond the eight
+/// that have names, and two hyperthreads share them. Beside a busy neighbour a product takes 65 to
+/// 85 ticks with all eight in use, 47 to 67 with six and 35 to 43 with four; alone it takes 18 to
+/// 20 in each case. Tiles of weights leave L1 to those of x.
 template <bool two, class Side>
 QN_INLINE void multiply_block(const FoldedRow* x, const int8_t* const* w, int64_t steps,
-                              FoldedStaging* staging, Side&& side) {
-  _tile_zero(0);
-  _tile_zero(1);
+                              int32_t (*sums)[2][16], Side&& side) {
+  constexpr int kStride = sizeof(sums[0]);
   if constexpr (two) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
-  for (int64_t s = 0; s < steps; ++s) {
-    _tile_loadd(4, x[0].codes + s * x[0].step, 64);
-    _tile_loadd(6, w[0] + s * kStepBytes, 64);
-    _tile_loadd(7, w[1] + s * kStepBytes, 64);
-    if constexpr (two) _tile_loadd(5, x[1].codes + s * x[1].step, 64);
-    _tile_dpbssd(0, 4, 6);
-    _tile_dpbssd(1, 4, 7);
-    if constexpr (two) {
-      _tile_dpbssd(2, 5, 6);
-      _tile_dpbssd(3, 5, 7);
+    for (int i = 0; i < 2; ++i) {
+      _tile_zero(0);
+      _tile_zero(1);
+      for (int64_t s = 0; s < steps; ++s) {
+        _tile_stream_loadd(6, w[i] + s * kStepBytes, 64);
+        _tile_loadd(4, x[0].codes + s * x[0].step, 64);
+        _tile_dpbssd(0, 4, 6);
+        _tile_loadd(4, x[1].codes + s * x[1].step, 64);
+        _tile_dpbssd(1, 4, 6);
+        side();
+      }
+      _tile_stored(0, sums[0][i], kStride);
+      _tile_stored(1, sums[16][i], kStride);
     }
-    side();
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t s = 0; s < steps; ++s) {
+      _tile_loadd(4, x[0].codes + s * x[0].step, 64);
+      _tile_stream_loadd(6, w[0] + s * kStepBytes, 64);
+      _tile_dpbssd(0, 4, 6);
+      _tile_stream_loadd(6, w[1] + s * kStepBytes, 64);
+      _tile_dpbssd(1, 4, 6);
+      side();
+    }
+    _tile_stored(0, sums[0][0], kStride);
+    _tile_stored(1, sums[0][1], kStride);
   }
-  _tile_stored(0, staging->sums[0], 64);
-  _tile_stored(1, staging->sums[1], 64);
-  if constexpr (two) {
-    _tile_stored(2, staging->sums[2], 64);
-    _tile_stored(3, staging->sums[3], 64);
+}
+
+/// The pairs pair_at(begin), ..., pair_at(end - 1), rows of `cols` columns, times the tokens
+/// [first, last) of x; first is a multiple of 32. The first `count` pairs are staging->pairs; those
+/// behind them are only brought nearer.
+template <class PairAt, class Sink>
+QN_INLINE void multiply_residents(const FoldedActivations& x, int64_t cols, int64_t first,
+                                  int64_t last, int64_t begin, int64_t count, int64_t end,
+                                  FoldedStaging* staging, PairAt&& pair_at, Sink& sink) {
+  const int64_t steps = folded_cols(cols) / kFoldedTileCols;
+  const int64_t blocks = x.blocks(cols), steps_per_block = x.block_cols / kFoldedTileCols;
+  const int64_t fitting = kL1Steps / steps_per_block;
+  const int64_t blocks_per_pass = steps <= kL1Steps ? blocks : fitting > 1 ? fitting : 1;
+  const int64_t pass_steps = blocks_per_pass * steps_per_block;
+  const auto clipped = [](int64_t size, int64_t left) { return left < size ? left : size; };
+  for (int64_t token = first; token < last; token += 32) {
+    const bool two = last - token > kTokenTile;
+    const int64_t tokens_end = clipped(token + 32, last);
+    Prefetch prefetch[2];
+    FoldedEpilogue<Sink> epilogue;
+    int turn = 0;
+    sink.start_tokens(token);
+    for (int64_t pass = 0; pass < blocks; pass += blocks_per_pass) {
+      const int64_t pass_end = clipped(pass + blocks_per_pass, blocks);
+      for (int64_t p = 0; p < count; ++p) {
+        if (token == first) {  // what comes next is not in L2 yet
+          const bool stays = p + 1 == count && pass_end < blocks;
+          const int64_t pair = stays ? begin : begin + p + 1;
+          const int64_t block = stays ? pass_end : p + 1 < count ? pass : 0;
+          const int64_t step = block * steps_per_block;
+          if (pair < end) {
+            const PanelPair next = pair_at(pair);
+            for (int s = 0; s < 2; ++s) {
+              if (next.side[s].format != WeightFormat::Int8) continue;
+              prefetch[s].start(next.side[s].tiles() + step * kStepBytes,
+                                clipped(pass_steps, steps - step), two);
+            }
+          }
+        }
+        const ResidentPair& pair = staging->pairs[p];
+        for (int64_t block = pass; block < pass_end; ++block) {
+          const int64_t step = block * steps_per_block;
+          const int64_t block_steps = clipped(steps_per_block, steps - step);
+          FoldedRow rows[2] = {folded_row(x, cols, token)};
+          if (two) rows[1] = folded_row(x, cols, token + kTokenTile);
+          for (FoldedRow& row : rows) row.codes += step * row.step;
+          const int8_t* tiles[2] = {pair.tiles[0] + step * kStepBytes,
+                                    pair.tiles[1] + step * kStepBytes};
+          if (block + 1 == blocks) sink.prepare(begin + p, token, tokens_end);
+          const int tokens_per_call =
+              static_cast<int>((kTokenTile + block_steps - 1) / block_steps);
+          const auto side = [&] {
+            prefetch[0].some();
+            prefetch[1].some();
+            epilogue.some(sink, tokens_per_call);
+          };
+          if (two) {
+            multiply_block<true>(rows, tiles, block_steps, staging->sums[turn], side);
+          } else {
+            multiply_block<false>(rows, tiles, block_steps, staging->sums[turn], side);
+          }
+          epilogue.start(x, token, tokens_end, block, blocks, staging->sums[turn],
+                         staging->totals[blocks_per_pass < blocks ? p : 0]);
+          if (block + 1 == blocks) sink.start(begin + p, pair.scale);
+          turn = 1 - turn;
+        }
+      }
+    }
+    epilogue.rest(sink);
+    sink.finish_tokens(token, tokens_end);
   }
 }
 
@@ -234,51 +337,26 @@ QN_INLINE void multiply_pairs(const FoldedActivations& x, int64_t cols, int64_t 
                               int64_t begin, int64_t end, FoldedStaging* staging, PairAt&& pair_at,
                               Sink& sink) {
   const int64_t groups = group_count(cols), steps = folded_cols(cols) / kFoldedTileCols;
-  const int64_t blocks = x.blocks(cols), steps_per_block = x.block_cols / kFoldedTileCols;
-  const int64_t passes = (last - first + 31) / 32;
-  int8_t* unpacked = reinterpret_cast<int8_t*>(staging + 1);
-  if (groups % 2 != 0) {  // the last step's second group does not exist
-    memset(unpacked + (steps - 1) * kStepBytes, 0, kStepBytes);
-  }
-  PairPrefetch prefetch;
-  for (int64_t p = begin; p < end; ++p) {
-    const PanelPair pair = pair_at(p);
-    const int8_t* tiles[2];
-    __m512 scale[2];
-    for (int s = 0; s < 2; ++s) {
-      tiles[s] = tiles_of(pair.side[s], groups, unpacked + s * kTileBytes);
-      scale[s] = pair.side[s].scale();
-    }
-    prefetch.stop();
-    if (p + 1 < end) prefetch.start(pair_at(p + 1), steps, (32 + passes - 1) / passes);
-    sink.start(p, scale);
-    FoldedEpilogue<Sink> epilogue;
-    for (int64_t token = first; token < last; token += 32) {
-      const bool two = last - token > kTokenTile;
-      FoldedRow rows[2] = {folded_row(x, cols, token)};
-      if (two) rows[1] = folded_row(x, cols, token + kTokenTile);
-      for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t step = block * steps_per_block;
-        const int64_t block_steps = steps - step < steps_per_block ? steps - step : steps_per_block;
-        const int tokens_per_step = static_cast<int>((32 + block_steps - 1) / block_steps);
-        const auto side = [&] {
-          prefetch.some();
-          for (int i = 0; i < tokens_per_step && !epilogue.done(); ++i) epilogue.token(sink);
-        };
-        if (two) {
-          multiply_block<true>(rows, tiles, block_steps, staging, side);
-        } else {
-          multiply_block<false>(rows, tiles, block_steps, staging, side);
-        }
-        for (int s = 0; s < 2; ++s) {
-          rows[s].codes += block_steps * rows[s].step;
-          tiles[s] += block_steps * kStepBytes;
-        }
-        epilogue.start(x, staging, token, last, block, blocks);
+  int8_t* const unpacked = reinterpret_cast<int8_t*>(staging) + kFoldedStagingBytes;
+  const int64_t residents = folded_residents(cols, last - first);
+  const int64_t passes = (end - begin + residents - 1) / residents;
+  const int64_t per_pass = (end - begin + passes - 1) / passes;
+  for (int64_t p = begin; p < end; p += per_pass) {
+    const int64_t count = end - p < per_pass ? end - p : per_pass;
+    for (int64_t i = 0; i < count; ++i) {
+      const PanelPair pair = pair_at(p + i);
+      ResidentPair& resident = staging->pairs[i];
+      int8_t* const out = unpacked + i * steps * kStepBytes;
+      if (groups % 2 != 0) {  // the last step's second group does not exist
+        memset(out + (steps - 1) * kStepBytes, 0, kStepBytes);
       }
-      for (const int8_t*& side : tiles) side -= steps * kStepBytes;
+      for (int s = 0; s < 2; ++s) {
+        resident.tiles[s] = tiles_of(pair.side[s], groups, out + s * kTileBytes);
+        resident.scale[s] = pair.side[s].scale();
+      }
     }
-    while (!epilogue.done()) epilogue.token(sink);
+    sink.start_pairs(p + count);
+    multiply_residents(x, cols, first, last, p, count, end, staging, pair_at, sink);
   }
 }
 

@@ -14,28 +14,58 @@
 namespace qn::cpu::QN_ISA {
 namespace {
 
-/// silu(gate) * up of one unit, [half][token][16]. Halves lie a line apart from a power of two, so
-/// that those of a token do not compete for one cache set.
+/// silu(gate) * up of one block of columns: held as [half][token][16] until all halves are there,
+/// then folded. Halves lie a line apart from a power of two, so that those of a token do not
+/// compete for one cache set.
 class GatedSink {
  public:
-  GatedSink(float* out, int64_t chunk_tokens, int64_t first_token, int64_t first_half)
-      : out_(out - first_token * kHalfPanelRows),
-        stride_(gated_half_stride(chunk_tokens)),
-        first_half_(first_half) {}
+  GatedSink(const GatedGemmFoldedArgs& args, float* held, int64_t first_token, int64_t block)
+      : a_(args),
+        held_(held),
+        held_tokens_(gated_held_tokens(args.cols, args.chunk_tokens, args.out.block_cols)),
+        stride_(gated_half_stride(held_tokens_)),
+        block_(block),
+        first_token_(first_token) {
+    const int64_t column = block * args.out.block_cols;
+    const int64_t left = args.rows - column;
+    valid_ = left < args.out.block_cols ? left : args.out.block_cols;
+    first_half_ = column / kHalfPanelRows;
+    end_half_ = first_half_ + (valid_ + kHalfPanelRows - 1) / kHalfPanelRows;
+  }
+  int64_t first_half() const { return first_half_; }
+  int64_t end_half() const { return end_half_; }
 
+  QN_INLINE void start_pairs(int64_t end) { complete_ = end == end_half_; }
+  QN_INLINE void prepare(int64_t, int64_t, int64_t) {}
+  QN_INLINE void start_tokens(int64_t token) {
+    tokens_ = held_ - (held_tokens_ <= 32 ? token : first_token_) * kHalfPanelRows;
+  }
   QN_INLINE void start(int64_t half, const __m512* scale) {
-    half_ = out_ + (half - first_half_) * stride_;
+    half_ = tokens_ + (half - first_half_) * stride_;
     for (int s = 0; s < 2; ++s) scale_[s] = scale[s];
   }
   QN_INLINE void row(int64_t token, const __m512* y) {
     const Vec gate = Vec(y[0]) * Vec(scale_[0]), up = Vec(y[1]) * Vec(scale_[1]);
     (silu(gate) * up).store(half_ + token * kHalfPanelRows);
   }
+  void finish_tokens(int64_t begin, int64_t end) {
+    if (!complete_) return;
+    const int64_t column = block_ * a_.out.block_cols;
+    const int64_t padded = (valid_ + kFoldedTileCols - 1) / kFoldedTileCols * kFoldedTileCols;
+    for (int64_t token = begin; token < end; ++token) {
+      FoldedRow row = folded_row(a_.out, a_.rows, token);
+      row.codes += column / kFoldedTileCols * row.step;
+      a_.out.scale[token * a_.out.blocks(a_.rows) + block_] =
+          fold_block(tokens_ + token * kHalfPanelRows, stride_, valid_, padded, row).scale;
+    }
+  }
 
  private:
-  float* out_;
-  int64_t stride_, first_half_;
-  float* half_ = nullptr;
+  const GatedGemmFoldedArgs& a_;
+  float* held_;
+  int64_t held_tokens_, stride_, block_, first_token_, valid_, first_half_, end_half_;
+  bool complete_ = false;
+  float *tokens_ = nullptr, *half_ = nullptr;
   __m512 scale_[2];
 };
 
@@ -44,9 +74,9 @@ class GatedSink {
 void gated_gemm_folded(const GatedGemmFoldedArgs& a, int64_t begin, int64_t end) {
   const TileScope tiles;
   FoldedStaging* staging = static_cast<FoldedStaging*>(a.scratch);
-  float* block_out = reinterpret_cast<float*>(reinterpret_cast<char*>(staging + 1) +
-                                              kPanelRows * folded_cols(a.cols));
-  const int64_t block_cols = a.out.block_cols, blocks = a.out.blocks(a.rows);
+  float* held = reinterpret_cast<float*>(static_cast<char*>(a.scratch) +
+                                         gemm_folded_scratch(a.cols, a.chunk_tokens));
+  const int64_t blocks = a.out.blocks(a.rows);
   const auto half_at = [&](const GatedWeight& weight, int64_t half) {
     return HalfPanel{
         static_cast<const uint8_t*>(weight.data) + half / 2 * panel_bytes(weight.format, a.cols),
@@ -56,23 +86,21 @@ void gated_gemm_folded(const GatedGemmFoldedArgs& a, int64_t begin, int64_t end)
     return PanelPair{{half_at(a.gate, half), half_at(a.up, half)}};
   };
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t first = unit / blocks * a.chunk_tokens, block = unit % blocks;
-    const int64_t last = first + a.chunk_tokens < a.x.tokens ? first + a.chunk_tokens : a.x.tokens;
-    const int64_t column = block * block_cols;
-    const int64_t valid = a.rows - column < block_cols ? a.rows - column : block_cols;
-    const int64_t half = column / kHalfPanelRows;
-    GatedSink sink(block_out, a.chunk_tokens, first, half);
-    multiply_pairs(a.x, a.cols, first, last, half,
-                   half + (valid + kHalfPanelRows - 1) / kHalfPanelRows, staging, pair_at, sink);
-    const int64_t padded = (valid + kFoldedTileCols - 1) / kFoldedTileCols * kFoldedTileCols;
-    for (int64_t token = first; token < last; ++token) {
-      FoldedRow row = folded_row(a.out, a.rows, token);
-      row.codes += column / kFoldedTileCols * row.step;
-      a.out.scale[token * blocks + block] =
-          fold_block(block_out + (token - first) * kHalfPanelRows,
-                     gated_half_stride(a.chunk_tokens), valid, padded, row)
-              .scale;
+    const int64_t cut = unit - a.whole_units;
+    const int64_t whole = cut < 0 ? unit : a.whole_units + cut / a.pieces;
+    int64_t first = whole / blocks * a.chunk_tokens;
+    int64_t last = first + a.chunk_tokens < a.x.tokens ? first + a.chunk_tokens : a.x.tokens;
+    if (cut >= 0) {
+      const int64_t tiles_of_32 = (last - first + 31) / 32, piece = cut % a.pieces;
+      const int64_t begin_tile = tiles_of_32 * piece / a.pieces;
+      const int64_t end_tile = tiles_of_32 * (piece + 1) / a.pieces;
+      last = piece + 1 == a.pieces ? last : first + 32 * end_tile;
+      first += 32 * begin_tile;
     }
+    if (first == last) continue;
+    GatedSink sink(a, held, first, whole % blocks);
+    multiply_pairs(a.x, a.cols, first, last, sink.first_half(), sink.end_half(), staging, pair_at,
+                   sink);
   }
 }
 

@@ -3,8 +3,9 @@
 //
 //   weights: Int8, with the same bits as gemm_int8; or a 4-bit format, whose second rounding costs
 //   about 0.3 % of the result, and the coarser scales of x as much
-//   level: amx only. A chunk of x stays in L2 while the panels pass.
-//   bytes per chunk: the weights once, tokens * cols, 4 * tokens * rows
+//   level: amx only
+//   bytes per chunk of tokens: the weights once, tokens * cols once per folded_residents panels,
+//   4 * tokens * rows
 #include "kernels/cpu/kernels.h"
 #if QN_ISA_LEVEL >= 3
 #include "kernels/cpu/amx_folded_gemm.h"
@@ -17,6 +18,16 @@ class FloatSink {
  public:
   explicit FloatSink(const GemmFoldedArgs& args) : a_(args) {}
 
+  QN_INLINE void start_pairs(int64_t) {}
+  QN_INLINE void start_tokens(int64_t) {}
+  QN_INLINE void finish_tokens(int64_t, int64_t) {}
+  QN_INLINE void prepare(int64_t panel, int64_t begin, int64_t end) {
+    const float* out = a_.out + panel * kPanelRows;
+    for (int64_t token = begin; token < end; ++token) {
+      __builtin_prefetch(out + token * a_.out_stride, 1, 3);
+      __builtin_prefetch(out + token * a_.out_stride + 16, 1, 3);
+    }
+  }
   QN_INLINE void start(int64_t panel, const __m512* scale) {
     out_ = a_.out + panel * kPanelRows;
     for (int h = 0; h < 2; ++h) {

@@ -32,18 +32,35 @@ constexpr FoldedRow folded_row(const FoldedActivations& x, int64_t cols, int64_t
 constexpr int64_t gemm_quantized_scratch(int64_t cols) {
   return group_count(cols) * kPanelRows * (kGroupSize + 2 * 4);
 }
-/// An unpacked panel, and the sums and totals of 32 x 32 results.
-constexpr int64_t gemm_folded_scratch(int64_t cols) {
-  return kPanelRows * folded_cols(cols) + 2 * 32 * 32 * 4;
+/// Pairs of half panels that a thread keeps in L2 while the tokens pass, unpacked if they have 4
+/// bits; a single tile of tokens takes them one by one.
+constexpr int64_t kFoldedPairs = 32;
+constexpr int64_t kFoldedResidentBytes = 1 << 20;
+constexpr int64_t folded_residents(int64_t cols, int64_t tokens) {
+  const int64_t fitting = kFoldedResidentBytes / (kPanelRows * folded_cols(cols) + 1);
+  return tokens <= 2 * kTokenTile || fitting < 1 ? 1
+         : fitting < kFoldedPairs                ? fitting
+                                                 : kFoldedPairs;
 }
-/// The same and the results of a unit of work: floats between two halves of a panel, bytes in all.
-constexpr int64_t gated_half_stride(int64_t chunk_tokens) {
-  return (chunk_tokens + 1) * kHalfPanelRows;
+/// Sums, totals and the list of pairs.
+constexpr int64_t kFoldedStagingBytes = 8192 + kFoldedPairs * (192 + 4096);
+constexpr int64_t gemm_folded_scratch(int64_t cols, int64_t tokens) {
+  return kFoldedStagingBytes + folded_residents(cols, tokens) * kPanelRows * folded_cols(cols);
+}
+/// The same and the results of a unit of work: tokens whose results are held, floats between two
+/// halves of a panel, bytes in all.
+constexpr int64_t gated_held_tokens(int64_t cols, int64_t chunk_tokens, int64_t block_cols) {
+  const bool one_pass = folded_residents(cols, chunk_tokens) >= block_cols / kHalfPanelRows;
+  return one_pass && chunk_tokens > 32 ? 32 : chunk_tokens;
+}
+constexpr int64_t gated_half_stride(int64_t held_tokens) {
+  return (held_tokens + 1) * kHalfPanelRows;
 }
 constexpr int64_t gated_gemm_folded_scratch(int64_t cols, int64_t chunk_tokens,
                                             int64_t block_cols) {
-  return gemm_folded_scratch(cols) +
-         block_cols / kHalfPanelRows * gated_half_stride(chunk_tokens) * 4;
+  return gemm_folded_scratch(cols, chunk_tokens) +
+         block_cols / kHalfPanelRows *
+             gated_half_stride(gated_held_tokens(cols, chunk_tokens, block_cols)) * 4;
 }
 
 struct CpuKernels {

@@ -17,6 +17,7 @@
 //   exp2(a)                    <= 3 ulp on [-126, 127.9], exact for whole numbers; below gives 0;
 //                              NaN stays NaN
 //   exp(a)                     <= 2 ulp on [-87.3, 88.7]; below gives 0, above inf; NaN stays NaN
+//   silu(a)                    a / (1 + exp(-a)); -inf gives NaN, as in torch
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -36,6 +37,8 @@
 
 namespace qn::cpu::QN_ISA {
 
+#if QN_ISA_LEVEL < 2
 QN_INLINE Vec silu(Vec x) { return x / (Vec(1.0f) + exp(Vec::zero() - x)); }
+#endif
 
 }  // namespace qn::cpu::QN_ISA

@@ -110,7 +110,7 @@ QN_INLINE Vec exp2(Vec a) {
 /// Cody-Waite reduction x = n ln2 + r, then a degree-6 polynomial for e^r (Cephes expf
 /// coefficients).
 QN_INLINE Vec exp(Vec a) {
-  const __m512 x = a.v;
+  const __m512 x = _mm512_min_ps(_mm512_set1_ps(100.0f), a.v);  // overflows, but not the exponent
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
                                         _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
@@ -122,11 +122,20 @@ QN_INLINE Vec exp(Vec a) {
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
   p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
   p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-  __m512 result = _mm512_scalef_ps(p, n);
-  const __mmask16 too_small = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.33654f), _CMP_LT_OQ);
-  const __mmask16 too_large = _mm512_cmp_ps_mask(x, _mm512_set1_ps(88.72283f), _CMP_GT_OQ);
-  result = _mm512_mask_mov_ps(result, too_small, _mm512_setzero_ps());
-  return _mm512_mask_mov_ps(result, too_large, _mm512_set1_ps(__builtin_inff()));
+  const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.33654f), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(normal, p, n);
+}
+
+/// x / (1 + exp(-x)), by a reciprocal with one step of Newton's method: a zmm division takes as
+/// long as all the rest. Where the divisor is infinite the reciprocal is 0.
+QN_INLINE Vec silu(Vec x) {
+  const __m512 divisor =
+      _mm512_add_ps(_mm512_set1_ps(1.0f), exp(Vec(_mm512_sub_ps(_mm512_setzero_ps(), x.v))).v);
+  const __m512 estimate = _mm512_rcp14_ps(divisor);
+  const __m512 correction = _mm512_fnmadd_ps(divisor, estimate, _mm512_set1_ps(2.0f));
+  const __mmask16 finite =
+      _mm512_cmp_ps_mask(divisor, _mm512_set1_ps(__builtin_inff()), _CMP_LT_OQ);
+  return _mm512_mul_ps(x.v, _mm512_maskz_mul_ps(finite, estimate, correction));
 }
 
 }  // namespace qn::cpu::QN_ISA

@@ -10,6 +10,7 @@
 //   LargestMagnitude        bits of the largest |lane| of what is added; NaN and infinity exceed
 //                           all numbers
 //   store_rounded(x, p)     lanes to the nearest integers (ties to even) as int8; returns them
+//   CodeStore               the same for four Vecs at a time; sum() is that of all of them
 //
 // Ranges: |activation| <= 127, |code - 128| <= 128, codes of 4 bits <= 15. At 4 bits the eight
 // products of a 16-bit lane stay below 8 * 2 * 15 * 127 = 30480; at 8 bits one pair stays below 2 *
@@ -97,6 +98,19 @@ QN_INLINE Vec store_rounded(Vec x, int8_t* p) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(rounded));
   return _mm512_cvtepi32_ps(rounded);
 }
+
+struct CodeStore {
+  __m512i total = _mm512_setzero_si512();
+  QN_INLINE void store(const Vec* x, int8_t* p) {
+    const __m512i low = _mm512_packs_epi32(_mm512_cvtps_epi32(x[0].v), _mm512_cvtps_epi32(x[1].v));
+    const __m512i high = _mm512_packs_epi32(_mm512_cvtps_epi32(x[2].v), _mm512_cvtps_epi32(x[3].v));
+    const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    const __m512i codes = _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high));
+    _mm512_storeu_si512(p, codes);
+    total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(1), codes);
+  }
+  QN_INLINE int32_t sum() const { return _mm512_reduce_add_epi32(total); }
+};
 
 #elif QN_ISA_LEVEL == 1
 
@@ -288,6 +302,18 @@ QN_INLINE Vec store_rounded(Vec x, int8_t* p) {
   }
   return rounded;
 }
+
+#endif
+
+#if QN_ISA_LEVEL < 2
+
+struct CodeStore {
+  Vec total = Vec::zero();  // of integers, far below 2^24: exact
+  QN_INLINE void store(const Vec* x, int8_t* p) {
+    for (int i = 0; i < 4; ++i) total = total + store_rounded(x[i], p + i * Vec::kLanes);
+  }
+  QN_INLINE int32_t sum() const { return static_cast<int32_t>(qn::cpu::QN_ISA::sum(total)); }
+};
 
 #endif
 

@@ -36,11 +36,13 @@ QN_INLINE FoldedBlock fold_block(const float* x, int64_t x_stride, int64_t valid
     return {scale.scale, 0};
   }
   const Vec inverse(scale.inverse);
-  Vec total = Vec::zero();  // of integers, far below 2^24: exact
-  for (int64_t c = 0; c < padded; c += Vec::kLanes) {
-    total = total + store_rounded(load(c) * inverse, codes(c));
+  CodeStore store;
+  for (int64_t c = 0; c < padded; c += kFoldedTileCols) {
+    Vec scaled[4];
+    for (int i = 0; i < 4; ++i) scaled[i] = load(c + i * Vec::kLanes) * inverse;
+    store.store(scaled, codes(c));
   }
-  return {scale.scale, -static_cast<int32_t>(sum(total))};
+  return {scale.scale, -store.sum()};
 }
 
 }  // namespace qn::cpu::QN_ISA
