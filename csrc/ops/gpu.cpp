@@ -43,9 +43,8 @@ size_t gpu_kv_page_bytes(int64_t page_tokens, int64_t num_kv_heads, int64_t head
   QN_CHECK(dtype == DType::BF16 || dtype == DType::I8, "[kv_page_bytes] dtype of the cache is ",
            dtype_name(dtype), ", expected bf16 or int8 on a GPU");
   const bool wide = dtype == DType::BF16;
-  QN_CHECK(head_dim == 64 || head_dim == 128 || (wide && (head_dim == 80 || head_dim == 96)),
-           "[kv_page_bytes] head_dim is ", head_dim, ", expected ",
-           wide ? "64, 80, 96 or 128" : "64 or 128 with an int8 cache", " on a GPU");
+  QN_CHECK(head_dim == 64 || head_dim == 80 || head_dim == 96 || head_dim == 128,
+           "[kv_page_bytes] head_dim is ", head_dim, ", expected 64, 80, 96 or 128 on a GPU");
   const int64_t row_bytes = 2 * head_dim * (wide ? 2 : 1) + (wide ? 0 : 2 * sizeof(float));
   return static_cast<size_t>(row_bytes * page_tokens * num_kv_heads);
 }

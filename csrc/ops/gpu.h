@@ -27,7 +27,7 @@ void repack_weight(const WeightView& weight, int64_t first_row, int64_t rows, co
                    const Gpu& gpu);
 
 /// Bytes of one page of one layer's KV cache (kernels/cuda/kernels.h gives the layout): pages of 16
-/// to 1024 tokens, a power of two, head_dim 64, 80, 96 or 128, bf16 or (64 and 128) int8.
+/// to 1024 tokens, a power of two, head_dim 64, 80, 96 or 128, bf16 or int8.
 size_t gpu_kv_page_bytes(int64_t page_tokens, int64_t num_kv_heads, int64_t head_dim, DType dtype);
 
 /// Bytes of GpuInputs that upload_batch() takes.

@@ -19,7 +19,7 @@ def test_bf16_cache(sim, rng, head_dim, heads):
     check(run_attention(sim, rng, [1, 15, 17, 64, 70], *heads, head_dim))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 @pytest.mark.parametrize("heads", [(4, 2), (3, 3), (14, 2)])
 def test_int8_cache(sim, rng, head_dim, heads):
     check(run_attention(sim, rng, [1, 15, 17, 64, 70], *heads, head_dim, bits=8))
@@ -89,7 +89,7 @@ def test_loads_of_int8_rows_meet_no_bank_twice(sim, rng, head_dim):
         assert line.units == line.units_needed, line
 
 
-@pytest.mark.parametrize(("head_dim", "bits"), [(64, 16), (80, 16), (64, 8)])
+@pytest.mark.parametrize(("head_dim", "bits"), [(64, 16), (80, 16), (64, 8), (80, 8)])
 def test_ptx_agrees(sim, rng, head_dim, bits):
     sim.compare_with_ptx(CUDA / "attention_decode.cu")
     run_attention(sim, rng, [17, 520 * 16 // bits], 2, 1, head_dim, bits=bits, window=300)

@@ -19,7 +19,7 @@ def test_bf16_cache(sim, rng, head_dim, heads):
     check(run_attention(sim, rng, [1, 63, 65], *heads, head_dim, query_lens=[1, 63, 65]))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 @pytest.mark.parametrize("heads", [(2, 2), (6, 2)])
 def test_int8_cache(sim, rng, head_dim, heads):
     lens = {"query_lens": [1, 64, 66]}
@@ -74,7 +74,7 @@ def test_traffic(sim, rng):
     assert counted.mma == 2 * 4 * (1 + 1 + 2 + 2) * (64 + 64)
 
 
-@pytest.mark.parametrize(("head_dim", "bits"), [(64, 16), (80, 16), (64, 8)])
+@pytest.mark.parametrize(("head_dim", "bits"), [(64, 16), (80, 16), (64, 8), (80, 8)])
 def test_ptx_agrees(sim, rng, head_dim, bits):
     sim.compare_with_ptx(CUDA / "attention_prefill.cu")
     lens = {"query_lens": [3, 40]}

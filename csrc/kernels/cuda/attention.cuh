@@ -43,9 +43,9 @@ QN_DEV void widen4(uint32_t (&pairs)[2], uint32_t bytes) {
 /// bf16 cache: fragments by ldmatrix, in their natural order.
 template <int HeadDim_>
 struct Bf16Cache {
-  static constexpr int HeadDim = HeadDim_;
-  static constexpr int kRowChunks = HeadDim / 8;
-  static constexpr int kValueDims = 16;  // of one value_fragments
+  static constexpr int HeadDim = HeadDim_, kStoredDim = HeadDim_;
+  static constexpr int kRowChunks = HeadDim / 8;  // of 16 bytes, of a stored key
+  static constexpr int kValueDims = 16;           // of one value_fragments
   static constexpr bool kScaled = false;
   template <int Keys>
   using Tile = Bf16Tile<HeadDim, Keys>;
@@ -84,11 +84,12 @@ struct Bf16Cache {
 
 /// int8 cache. The sum over dims may run in any order: of every 16, lane l % 4 has the four dims
 /// that are one word of a key, and q's fragments follow. For P V a lane reads words of four dims
-/// from its four keys; dim 4 c + i of every 32 is column c of n-tile i.
-template <int HeadDim_>
+/// from its four keys; dim 4 c + i of every 32 is column c of n-tile i. So the tile has whole 32
+/// dims, zeros from StoredDim on.
+template <int StoredDim>
 struct Int8Cache {
-  static constexpr int HeadDim = HeadDim_;
-  static constexpr int kRowChunks = HeadDim / 16;
+  static constexpr int HeadDim = (StoredDim + 31) / 32 * 32, kStoredDim = StoredDim;
+  static constexpr int kRowChunks = StoredDim / 16;
   static constexpr int kValueDims = 32;
   static constexpr bool kScaled = true;
   template <int Keys>
@@ -154,12 +155,14 @@ QN_DEV void fetch_block(typename Cache::template Tile<Keys>& tile, int row, cons
   const int64_t page = first < limit ? page_table[first >> kv.page_shift] : 0;
   const KvHead from = kv_head(kv, page, head);
   const char* keys = from.keys + slot * kv_row_bytes(kv);
+  constexpr int kTileChunks =
+      Cache::kStoredDim == Cache::HeadDim ? Cache::kRowChunks : Cache::kRowChunks + 1;
 #pragma unroll
-  for (int i = 0; i < kBlockKeys * Cache::kRowChunks / kWarp; ++i) {
+  for (int i = 0; i < kBlockKeys * kTileChunks / kWarp; ++i) {
     const int index = lane + i * kWarp;
-    const int key = index / Cache::kRowChunks, chunk = index % Cache::kRowChunks;
-    const bool exists = first + key < limit;
-    const char* p = exists ? keys + index * 16 : from.keys;
+    const int key = index / kTileChunks, chunk = index % kTileChunks;
+    const bool exists = first + key < limit && chunk < Cache::kRowChunks;
+    const char* p = exists ? keys + (key * Cache::kRowChunks + chunk) * 16 : from.keys;
     cp_async16(reinterpret_cast<char*>(&tile.keys[row + key]) + chunk * 16, p, exists);
     cp_async16(reinterpret_cast<char*>(&tile.values[row + key]) + chunk * 16,
                exists ? p + from.value_offset : p, exists);
@@ -281,7 +284,16 @@ struct RowState {
 template <template <class> class Run, class... Args>
 int for_cache(const KvPages& kv, const Args&... args) {
   if (kv.bits == 8) {
-    return kv.head_dim == 64 ? Run<Int8Cache<64>>::run(args...) : Run<Int8Cache<128>>::run(args...);
+    switch (kv.head_dim) {
+      case 64:
+        return Run<Int8Cache<64>>::run(args...);
+      case 80:
+        return Run<Int8Cache<80>>::run(args...);
+      case 96:
+        return Run<Int8Cache<96>>::run(args...);
+      default:
+        return Run<Int8Cache<128>>::run(args...);
+    }
   }
   switch (kv.head_dim) {
     case 64:

@@ -76,7 +76,7 @@ union alignas(128) Shared {
 template <class Cache>
 __global__ __launch_bounds__(kThreads) void attention_decode_kernel(PagedAttentionArgs args,
                                                                     DecodePlan plan) {
-  constexpr int kHeadDim = Cache::HeadDim;
+  constexpr int kHeadDim = Cache::kStoredDim, kTileChunks = Cache::HeadDim / 8;
   Shared<Cache>& shared = shared_as<Shared<Cache>>();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int sequence = blockIdx.z, part = blockIdx.x;
@@ -96,10 +96,10 @@ __global__ __launch_bounds__(kThreads) void attention_decode_kernel(PagedAttenti
       args.page_table + static_cast<int64_t>(sequence) * args.page_table_stride;
 
   const bf16* q = static_cast<const bf16*>(args.q) + sequence * args.q_stride + head * kHeadDim;
-  for (int index = threadIdx.x; index < kRowTile * (kHeadDim / 8); index += kThreads) {
-    const int row = index / (kHeadDim / 8), chunk = index % (kHeadDim / 8);
-    const bool exists = row < rows;
-    cp_async16(&shared.work.q[row][chunk * 8], exists ? q + index * 8 : q, exists);
+  for (int index = threadIdx.x; index < kRowTile * kTileChunks; index += kThreads) {
+    const int row = index / kTileChunks, chunk = index % kTileChunks;
+    const bool exists = row < rows && chunk < kHeadDim / 8;
+    cp_async16(&shared.work.q[row][chunk * 8], exists ? q + row * kHeadDim + chunk * 8 : q, exists);
   }
   cp_async_commit();
 

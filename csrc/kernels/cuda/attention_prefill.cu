@@ -35,7 +35,8 @@ union alignas(128) Shared {
 
 template <class Cache>
 __global__ __launch_bounds__(kThreads, 2) void attention_prefill_kernel(PagedAttentionArgs args) {
-  constexpr int kHeadDim = Cache::HeadDim, kChunks = kHeadDim / 8;
+  constexpr int kHeadDim = Cache::kStoredDim, kChunks = kHeadDim / 8;
+  constexpr int kTileChunks = Cache::HeadDim / 8;
   Shared<Cache>& shared = shared_as<Shared<Cache>>();
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int kv_head_index = blockIdx.y, sequence = blockIdx.z;
@@ -58,10 +59,10 @@ __global__ __launch_bounds__(kThreads, 2) void attention_prefill_kernel(PagedAtt
                             begin + warp * kBlockKeys, end, lane);
   const bf16* q = static_cast<const bf16*>(args.q) + kv_head_index * group * kHeadDim;
 #pragma unroll
-  for (int i = 0; i < kRows * kChunks / kThreads; ++i) {
+  for (int i = 0; i < kRows * kTileChunks / kThreads; ++i) {
     const int index = threadIdx.x + i * kThreads;
-    const int row = index / kChunks, chunk = index % kChunks;
-    const bool exists = first_row + row < rows;
+    const int row = index / kTileChunks, chunk = index % kTileChunks;
+    const bool exists = first_row + row < rows && chunk < kChunks;
     const int64_t token = first_token + (first_row + row) / group;
     const int head = (first_row + row) % group;
     cp_async16(&shared.start.q[row][chunk * 8],

@@ -61,7 +61,7 @@ struct RopeKvArgs {
 /// Causal softmax(scale * q k^T) v over the cache. Sequence s has the rows query_begin[s] ..
 /// query_begin[s + 1] - 1 of q and out, the last of them at position kv_len[s] - 1; a row sees the
 /// keys up to its own position, the newest `window` of them if window > 0. Unused slots of a page
-/// are never read. int8 pages: head_dim 64 or 128.
+/// are never read.
 struct PagedAttentionArgs {
   void* out;                     // [tokens, num_heads, head_dim] bf16
   const void* q;                 // [tokens, num_heads, head_dim] bf16
