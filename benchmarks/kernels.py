@@ -476,6 +476,21 @@ def matmul_cases() -> Iterator[Case]:
         )
 
 
+def squared_norm_cases() -> Iterator[Case]:
+    n = 1 << 24
+
+    def make() -> Run:
+        x = torch.randn(n).bfloat16()
+
+        def check(out: float) -> None:
+            exact = x.double().square().sum()
+            assert_contraction(torch.tensor([out]), exact[None], x.float().square().sum()[None])
+
+        return Run(lambda: ops.squared_norm(x), lambda: x.float().square().sum(), check)
+
+    yield Case("squared_norm", f"{n} elements bf16", make, 2 * n)
+
+
 def adamw_cases() -> Iterator[Case]:
     n = 1 << 24
 
@@ -573,6 +588,7 @@ CASES = [
     *softmax_xent_cases(),
     *packed_attention_cases(),
     *matmul_cases(),
+    *squared_norm_cases(),
     *adamw_cases(),
     *gather_cases(),
     *sampling_cases(),

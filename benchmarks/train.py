@@ -36,6 +36,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwen_native import _C
+from qwen_native.train.process import prepare_process
+
 TOKENS = 1024
 RATE, CLIP = 1e-5, 1.0
 BETAS, EPS, WEIGHT_DECAY = (0.9, 0.95), 1e-8, 0.1
@@ -237,9 +240,7 @@ def rollout_ours(folder: Path) -> Side:
     def step(ids: Tensor) -> float:
         clock = Clock(side.phases)
         queries = ids[:-1].view(QUERIES, -1).tolist()
-        engine = NativePolicy(
-            model, context=256, cache_tokens=16384, threads=torch.get_num_threads()
-        )
+        engine = NativePolicy(model, context=256, cache_tokens=16384, threads=_C.op_threads())
         clock.lap("hand-over")
         responses = engine.sample(queries, sampling, [], 0)
         clock.lap("sampling")
@@ -292,7 +293,9 @@ def run_side(case: str, peer: bool, folder: Path, steps: int, threads: int) -> d
     """What one process measures: a step to warm up, then `steps` timed ones."""
     torch.set_num_threads(threads)
     ids = text_ids(steps + 1)
-    __import__("qwen_native.nn")
+    if not peer:
+        _C.set_op_threads(threads)
+        prepare_process(torch.device("cpu"), "native", torch.bfloat16)
     before = resident_bytes()
     side = CASES[case][peer](folder)
     losses, seconds, phases = [], [], []

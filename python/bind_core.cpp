@@ -86,6 +86,7 @@ void register_core(py::module_& module) {
     std::lock_guard<std::mutex> lock(op_threads().mutex);
     op_threads().pool = std::make_unique<ThreadPool>(threads);
   });
+  module.def("keep_heap", &keep_heap);
   module.def("op_threads", [] { return op_threads().pool->threads(); });
   module.def(
       "measure_peaks",

@@ -162,6 +162,10 @@ void register_ops(py::module_& module) {
                ops::matmul(out.view, a.view, a_transposed, b.view, b_transposed,
                            bias ? &bias->view : nullptr, add, op_context());
              });
+  module.def("squared_norm", [](const PyTensor& x) {
+    py::gil_scoped_release unlocked;
+    return ops::squared_norm(x.view, op_context());
+  });
   module.def("adamw", [](const PyTensor& master, const PyTensor& mean, const PyTensor& square,
                          const PyTensor& grad, const std::optional<PyTensor>& parameter,
                          int64_t step, double rate, double beta1, double beta2, double eps,

@@ -42,6 +42,7 @@ def thread_budget() -> dict[str, int]:
 def set_op_threads(threads: int) -> None:
     """Set the number of threads of the functions below; engines have their own."""
 
+def keep_heap(reserve: int, /) -> bool: ...
 def op_threads() -> int:
     """Return the number of threads of the functions below."""
 
@@ -104,6 +105,7 @@ def matmul(
     add: bool,
     /,
 ) -> None: ...
+def squared_norm(x: Array, /) -> float: ...
 def adamw(
     master: Array,
     mean: Array,

@@ -16,7 +16,7 @@ from qwen_native import ops
 
 # The logits of this many bytes are held at a time, or of an eighth of the tokens: a bfloat16
 # gradient of the weight is rounded once for each part.
-_LOGITS_BYTES = 80 << 20
+_LOGITS_BYTES = 320 << 20
 _LARGEST_NUMBER_OF_PARTS = 8
 _DENSE = torch.contiguous_format
 
@@ -322,7 +322,7 @@ def attention(
     return out
 
 
-def _product(
+def product(
     a: Tensor,
     b: Tensor,
     *,
@@ -332,12 +332,19 @@ def _product(
     out: Tensor | None = None,
     add: bool = False,
 ) -> Tensor:
-    """a b + bias: gradients of weights by our kernel where the level has it, the rest by torch.
+    """Return a b + bias of matrices.
 
-    With a transposed and k as small as a batch, ours was 1.1 times as fast as torch's, otherwise
-    slower, and it adds to `out` in float32.
+    In bfloat16 on a CPU whose level has it, our kernel multiplies, otherwise torch.
+
+    Args:
+        a: [m, k], or [k, m] with `a_transposed`.
+        b: [k, n], or [n, k] with `b_transposed`, of the same dtype.
+        bias: [n], or None.
+        out: [m, n], where the result goes; default: a new matrix.
+        add: add to `out`.
     """
-    if a_transposed and a.dtype == b.dtype == torch.bfloat16 and ops.has_matmul():
+    ours = a.dtype == b.dtype == torch.bfloat16 and a.device.type == "cpu" and ops.has_matmul()
+    if ours:
         result: Tensor = ops.matmul(
             _dense(a),
             _dense(b),
@@ -356,7 +363,7 @@ def _product(
 
 @torch.library.custom_op("qwen_native::linear", mutates_args=())
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    out = _product(_rows(x), weight, b_transposed=True, bias=bias)
+    out = product(_rows(x), weight, b_transposed=True, bias=bias)
     # Not a view where it can be avoided: autograd lets nobody add to one in place, as LoRA does.
     return out if x.ndim == 2 else out.view(*x.shape[:-1], -1)
 
@@ -371,8 +378,8 @@ def _linear_bwd(
     dout: Tensor, x: Tensor | None, weight: Tensor, x_grad: bool, bias_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, none = _rows(dout), weight.new_empty(0)
-    dx = _product(rows, weight).view(*dout.shape[:-1], -1) if x_grad else none.clone()
-    dweight = none if x is None else _product(rows, _rows(x), a_transposed=True)
+    dx = product(rows, weight).view(*dout.shape[:-1], -1) if x_grad else none.clone()
+    dweight = none if x is None else product(rows, _rows(x), a_transposed=True)
     return dx, dweight, rows.sum(0) if bias_grad else none.clone()
 
 
@@ -408,8 +415,6 @@ _linear.register_autograd(_linear_backward, setup_context=_linear_setup)
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x weight^T + bias.
-
-    Torch multiplies, except for the weight's gradient in bfloat16 at the level "amx".
 
     Args:
         x: [..., cols], float32 or bfloat16.
@@ -478,13 +483,13 @@ def _sweep(
     step = max(step // 32 * 32, min(step, 32), 1)
     for begin in range(0, tokens, step):
         part = slice(begin, begin + step)
-        logits = _product(hidden[part], weight, b_transposed=True)
+        logits = product(hidden[part], weight, b_transposed=True)
         part_grad = None if grad is None else grad[part]
         log_prob[part] = ops.softmax_xent(logits, targets[part], scale, part_grad)
         if hidden_grad:
-            _product(logits, weight, out=dhidden[part])
+            product(logits, weight, out=dhidden[part])
         if weight_grad:
-            _product(logits, hidden[part], a_transposed=True, out=dweight, add=begin > 0)
+            product(logits, hidden[part], a_transposed=True, out=dweight, add=begin > 0)
     return log_prob, dhidden, dweight
 
 

@@ -331,6 +331,18 @@ def matmul(
     return out
 
 
+def squared_norm(x: Any) -> float:
+    """Return the sum of x**2 over all elements, float32 in blocks of 4096, float64 over them.
+
+    Args:
+        x: f32 | bf16, dense, of any shape.
+
+    Raises:
+        ValueError: the dtype or layout does not fit.
+    """
+    return _C.squared_norm(_detach(x))
+
+
 def adamw(
     master: Any,
     mean: Any,

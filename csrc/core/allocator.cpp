@@ -1,8 +1,10 @@
 #include "core/allocator.h"
 
+#include <malloc.h>
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <utility>
 
 #include "core/error.h"
@@ -54,6 +56,18 @@ HostBuffer& HostBuffer::operator=(HostBuffer&& other) noexcept {
   std::swap(mapping_, other.mapping_);
   std::swap(mapping_size_, other.mapping_size_);
   return *this;
+}
+
+bool keep_heap(size_t reserve) {
+  if (mallopt(M_MMAP_MAX, 0) == 0 || mallopt(M_TRIM_THRESHOLD, -1) == 0) return false;
+  void* heap = std::malloc(reserve);
+  if (heap == nullptr) return false;
+  const uintptr_t begin = round_up(reinterpret_cast<uintptr_t>(heap), kHugePage);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(heap) + reserve) / kHugePage * kHugePage;
+  const bool huge =
+      begin < end && madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0;
+  std::free(heap);
+  return huge;
 }
 
 void* Workspace::allocate(size_t bytes) {

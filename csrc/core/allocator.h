@@ -31,6 +31,12 @@ class HostBuffer {
   size_t mapping_size_ = 0;
 };
 
+/// Makes malloc keep what it has got, for the rest of the process: blocks of any size come from one
+/// heap on huge pages and are used again, where otherwise each large one would be mapped, zeroed
+/// page by page and unmapped every time. `reserve` is how far the heap may grow on huge pages; what
+/// is never touched costs nothing. Returns false where the system or its malloc does not let us.
+bool keep_heap(size_t reserve);
+
 /// Scratch memory of one forward step: allocations are 64-byte aligned and all released by reset(),
 /// which also merges the chunks so that a steady state allocates nothing.
 class Workspace {

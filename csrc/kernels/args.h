@@ -84,6 +84,16 @@ struct SoftmaxXentArgs {
   DType dtype;            // of logits: F32 | BF16
 };
 
+/// Elements that one unit of work of squared_norm covers.
+constexpr int64_t kSquaredNormBlock = 4096;
+
+struct SquaredNormArgs {
+  double* partial;  // [ceil(n / kSquaredNormBlock)]
+  const void* x;    // [n]
+  int64_t n;
+  DType dtype;  // F32 | BF16
+};
+
 /// Elements that one unit of work of adamw covers.
 constexpr int64_t kAdamwBlock = 16384;
 
@@ -293,8 +303,8 @@ struct PackedAttentionArgs {
 /// Block sizes of matmul: rows of A whose packed operands stay, depth of one pass over them,
 /// columns of B at most.
 constexpr int64_t kMatmulRows = 1024;
-constexpr int64_t kMatmulDepth = 512;
-constexpr int64_t kMatmulColumns = 256;
+constexpr int64_t kMatmulDepth = 1024;
+constexpr int64_t kMatmulColumns = 512;
 /// Depth for which A is packed at once.
 constexpr int64_t kMatmulPackedDepth = 8192;
 

@@ -55,10 +55,11 @@ void matmul(const TensorView& out, const TensorView& a, bool a_transposed, const
   args.a_transposed = a_transposed;
   args.b_transposed = b_transposed;
   args.add = add;
-  // Enough units that the threads finish together.
+  // A streams through every unit, so they are wide; as many for each thread, and at least two.
   const int64_t threads = context.pool.threads();
+  const int64_t share = std::max<int64_t>(ceil_div(n, kMatmulColumns * threads), 2);
   args.columns =
-      std::clamp<int64_t>(ceil_div(ceil_div(n, 4 * threads), 32) * 32, 64, kMatmulColumns);
+      std::clamp<int64_t>(ceil_div(ceil_div(n, share * threads), 32) * 32, 64, kMatmulColumns);
   const int64_t units = ceil_div(n, args.columns);
   const int64_t most_rows = std::min(ceil_div(m, 32) * 32, kMatmulRows);
   const int64_t most_depth = std::clamp<int64_t>(ceil_div(k, 32) * 32, 32, kMatmulPackedDepth);

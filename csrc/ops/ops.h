@@ -58,6 +58,10 @@ void swiglu_bwd(const TensorView& dgate, const TensorView& dup, const TensorView
 void softmax_xent(const TensorView& log_prob, const TensorView& logits, const TensorView& targets,
                   float scale, const TensorView* grad, const ExecContext& context);
 
+/// Sum of x^2 over all elements: float32 within blocks of 4096, float64 over them.
+///   x f32|bf16, dense
+double squared_norm(const TensorView& x, const ExecContext& context);
+
 struct AdamwOptions {
   int64_t step;  // from 1
   double rate, beta1, beta2, eps, weight_decay;

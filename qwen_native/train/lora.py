@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qwen_native import ops
+from qwen_native.autograd import product
 from qwen_native.errors import CheckpointError
 from qwen_native.files import read_json_object
 from qwen_native.nn import Qwen
@@ -95,19 +96,20 @@ class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         a, b = a.to(x.dtype), b.to(x.dtype)
-        inner = (x @ a.T).mul_(scale)
+        inner = product(x, a, b_transposed=True).mul_(scale)
         ctx.save_for_backward(x, inner, a, b)
         ctx.scale = scale
         ctx.mark_dirty(y)
-        return y.addmm_(inner, b.T)
+        return product(inner, b, b_transposed=True, out=y, add=True)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, inner, a, b = ctx.saved_tensors
-        d_inner = (dy @ b).mul_(ctx.scale)
-        da = (d_inner.T @ x).float() if ctx.needs_input_grad[2] else None
-        db = (dy.T @ inner).float() if ctx.needs_input_grad[3] else None
-        dx = d_inner @ a if ctx.needs_input_grad[1] else None
+        d_inner = product(dy, b).mul_(ctx.scale)
+        wanted = ctx.needs_input_grad
+        da = product(d_inner, x, a_transposed=True).float() if wanted[2] else None
+        db = product(dy, inner, a_transposed=True).float() if wanted[3] else None
+        dx = product(d_inner, a) if wanted[1] else None
         return dy, dx, da, db, None
 
 

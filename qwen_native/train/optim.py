@@ -36,9 +36,6 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-_NORM_PART = 1 << 20  # elements that are widened at a time
-
-
 class AdamW:
     """Decoupled weight decay (arXiv 1711.05101), on matrices only, computed in float32.
 
@@ -98,12 +95,8 @@ class AdamW:
     @torch.no_grad()
     def gradient_norm(self) -> float:
         """Euclidean norm of the whole gradient, over all processes when it is sharded."""
-        squares = [
-            part.float().square().sum(dtype=torch.float64)
-            for gradient in self.gradients().values()
-            for part in torch.split(gradient.flatten(), _NORM_PART)
-        ]
-        total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+        squares = [_squared_norm(gradient) for gradient in self.gradients().values()]
+        total = torch.tensor(sum(squares), dtype=torch.float64)
         if any(isinstance(p, DTensor) for p in self.parameters.values()):
             dist.all_reduce(total)
         return math.sqrt(float(total))
@@ -190,6 +183,12 @@ class AdamW:
         for name, parameter in self.parameters.items():
             if not _is_wide(parameter):
                 local(parameter).copy_(local(self.master[name]))
+
+
+def _squared_norm(gradient: Tensor) -> float:
+    if gradient.device.type == "cpu" and gradient.dtype in (torch.float32, torch.bfloat16):
+        return ops.squared_norm(gradient.contiguous())
+    return float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
 
 
 def _is_wide(parameter: Tensor) -> bool:

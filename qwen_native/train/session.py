@@ -36,6 +36,7 @@ from qwen_native.train.config import (
 from qwen_native.train.data import Source
 from qwen_native.train.distributed import World, shard, whole_state, world
 from qwen_native.train.metrics import Metrics, available_memory, matrix_peak
+from qwen_native.train.process import prepare_process
 from qwen_native.train.trainer import Trainer, model_flops
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -237,6 +238,7 @@ def open_model(options: ModelOptions, tokenizer: Tokenizer, context: int, proces
             f"model.kernels is native, which computes on the CPU, but the run is on "
             f"{processes.device}; expected reference"
         )
+    prepare_process(processes.device, options.kernels, _DTYPES[options.precision])
     checkpoint = None if options.shape else open_checkpoint(resolve_model(_path(options)))
     shape = checkpoint.config if checkpoint else new_config(options, tokenizer, context)
     if tokenizer.vocab_size > shape.vocab_size:

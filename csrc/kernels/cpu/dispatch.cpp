@@ -61,6 +61,7 @@ constexpr const char* kOpNames[] = {
     "rms_norm_bwd_weight",
     "swiglu_bwd",
     "softmax_xent",
+    "squared_norm",
     "adamw",
     "gather",
     "block_max",

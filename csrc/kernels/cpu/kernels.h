@@ -72,6 +72,8 @@ struct CpuKernels {
   void (*rms_norm_bwd_weight)(const RmsNormBwdArgs&, int64_t begin, int64_t end);
   void (*swiglu_bwd)(const SwigluBwdArgs&, int64_t begin, int64_t end);      // blocks, as swiglu
   void (*softmax_xent)(const SoftmaxXentArgs&, int64_t begin, int64_t end);  // rows
+  /// Blocks of kSquaredNormBlock elements.
+  void (*squared_norm)(const SquaredNormArgs&, int64_t begin, int64_t end);
   void (*adamw)(const AdamwArgs&, int64_t begin, int64_t end);    // blocks of kAdamwBlock
   void (*gather)(const GatherArgs&, int64_t begin, int64_t end);  // tokens
 
@@ -133,6 +135,7 @@ void rms_norm_bwd(const RmsNormBwdArgs& args, int64_t begin, int64_t end);
 void rms_norm_bwd_weight(const RmsNormBwdArgs& args, int64_t begin, int64_t end);
 void swiglu_bwd(const SwigluBwdArgs& args, int64_t begin, int64_t end);
 void softmax_xent(const SoftmaxXentArgs& args, int64_t begin, int64_t end);
+void squared_norm(const SquaredNormArgs& args, int64_t begin, int64_t end);
 void adamw(const AdamwArgs& args, int64_t begin, int64_t end);
 void gather(const GatherArgs& args, int64_t begin, int64_t end);
 void block_max(const BlockReduceArgs& args, int64_t begin, int64_t end);

@@ -4,8 +4,8 @@
 //
 //   unit of work: `columns` columns of a block of up to kMatmulRows rows of A
 //   A is packed beforehand for all units, [32 rows][32 of k][2 tiles]; a unit packs its own part of
-//   B, [32 columns][32 of k][2 tiles], in passes of kMatmulDepth, so that 32 x 512 of A stay in L1
-//   and 512 x 256 of B in L2, and multiplies 2 x 2 tiles
+//   B, [32 columns][32 of k][2 tiles], in passes of kMatmulDepth, so that 32 x 1024 of A and
+//   1024 x 512 of B stay in L2, and multiplies 2 x 2 tiles
 //   accumulation: float32 in ascending order of k, stored exactly between passes; one rounding
 //   levels: amx only
 #include "kernels/cpu/kernels.h"
@@ -112,26 +112,32 @@ QN_INLINE void multiply(const bf16* a, const bf16* b, int64_t steps, const float
   store_sums(after);
 }
 
-/// Rounds 32 x 32 sums to out.
+/// Rounds 32 x 32 sums to out, a row of 32 at a time.
 void write_out(const MatmulArgs& a, const float* sums, int64_t row, int64_t column) {
-  for (int half = 0; half < 2; ++half) {
-    const int64_t first = column + 16 * half;
-    if (first >= a.n) return;
-    const int n = static_cast<int>(least(a.n - first, 16));
-    const Vec bias = a.bias != nullptr ? Vec::load(a.bias + first, n) : Vec::zero();
-    for (int64_t r = 0; r < 32 && row + r < a.m; ++r) {
-      Vec value = Vec::load(sums + (r / 16 * 2 + half) * 256 + r % 16 * 16) + bias;
-      const int64_t at = (row + r) * a.out_stride + first;
-      if (a.dtype == DType::F32) {
-        float* out = static_cast<float*>(a.out) + at;
-        if (a.add) value = value + Vec::load(out, n);
-        value.store(out, n);
-      } else {
-        bf16* out = static_cast<bf16*>(a.out) + at;
-        if (a.add) value = value + Vec::load(out, n);
-        value.store(out, n);
+  const int low = static_cast<int>(least(a.n - column, 16));
+  const int high = static_cast<int>(least(a.n - column - low, 16));
+  Vec bias[2] = {Vec::zero(), Vec::zero()};
+  if (a.bias != nullptr) {
+    bias[0] = Vec::load(a.bias + column, low);
+    bias[1] = Vec::load(a.bias + column + low, high);
+  }
+  const auto write_rows = [&]<class T>(T* out) {
+    for (int64_t r = 0; r < 32 && row + r < a.m; ++r, out += a.out_stride) {
+      const float* from = sums + r / 16 * 512 + r % 16 * 16;
+      Vec left = Vec::load(from) + bias[0], right = Vec::load(from + 256) + bias[1];
+      if (a.add) {
+        left = left + Vec::load(out, low);
+        right = right + Vec::load(out + low, high);
       }
+      left.store(out, low);
+      right.store(out + low, high);
     }
+  };
+  const int64_t at = row * a.out_stride + column;
+  if (a.dtype == DType::F32) {
+    write_rows(static_cast<float*>(a.out) + at);
+  } else {
+    write_rows(static_cast<bf16*>(a.out) + at);
   }
 }
 

@@ -13,6 +13,7 @@ void fill(CpuKernels& table) {
   table.rms_norm_bwd_weight = rms_norm_bwd_weight;
   table.swiglu_bwd = swiglu_bwd;
   table.softmax_xent = softmax_xent;
+  table.squared_norm = squared_norm;
   table.adamw = adamw;
   table.gather = gather;
   table.block_max = block_max;
