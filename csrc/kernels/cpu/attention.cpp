@@ -13,7 +13,7 @@
 // that its rows see.
 //
 //   accumulation: float32 throughout; level amx with bf16 pages rounds q and p to bf16 and
-//   multiplies with tiles (2 x 2 accumulators); everything else multiplies with fma on widened
+//   multiplies with tiles (2 x 1 accumulators); everything else multiplies with fma on widened
 //   pages; int8 pages become bf16 block by block, in L1
 //   bytes per item and key: 2 * head_dim * sizeof(T), read from the cache once for all rows
 #include "kernels/cpu/kernels.h"
@@ -459,8 +459,8 @@ struct VecPath {
 };
 
 #if QN_ISA_LEVEL >= 3
-/// The path with tiles, for bf16 pages. Tiles 0-3 accumulate, 4 and 5 hold 16 rows of queries or
-/// probabilities each, 6 and 7 come from the cache.
+/// The path with tiles, for bf16 pages. Tiles 0 and 1 accumulate, 4 and 5 hold 16 rows of queries
+/// or probabilities each, 6 comes from the cache.
 ///
 /// While the vector units turn block b into probabilities, the tiles multiply the keys of block
 /// b + 1 and the values of block b - 1: TileWork hands out these multiplications one by one.
@@ -509,12 +509,10 @@ struct TilePath {
   static TileConfig tile_config(const AttentionItem& item) {
     TileConfig config;
     const int upper = item.rows < 16 ? item.rows : 16, lower = item.rows - upper;
-    const int rows[8] = {
-        upper, upper, lower ? lower : upper, lower ? lower : upper, upper, lower ? lower : upper,
-        16,    16};
+    const int rows[8] = {upper, lower, 0, 0, upper, lower, 16, 0};
     for (int tile = 0; tile < 8; ++tile) {
       config.rows[tile] = static_cast<uint8_t>(rows[tile]);
-      config.row_bytes[tile] = 64;
+      config.row_bytes[tile] = rows[tile] > 0 ? 64 : 0;
     }
     return config;
   }
@@ -525,63 +523,39 @@ struct TilePath {
   }
 
  private:
-  /// One of the four tile multiplications of c [16 M rows, 16 N] += a [rows, 32] * b [16 pairs,
-  /// 16 N], which are done in order.
-  template <int M, int N>
-  static QN_INLINE void multiply_tile(int tile, const char* a, const char* b, int64_t b_stride) {
-    switch (tile) {
-      case 0:
-        _tile_loadd(4, a, 64);
-        _tile_loadd(6, b, b_stride);
-        _tile_dpbf16ps(0, 4, 6);
-        return;
-      case 1:
-        if constexpr (N > 1) {
-          _tile_loadd(7, b + 64, b_stride);
-          _tile_dpbf16ps(1, 4, 7);
-        }
-        return;
-      case 2:
-        if constexpr (M > 1) {
-          _tile_loadd(5, a + 16 * 64, 64);
-          _tile_dpbf16ps(2, 5, 6);
-        }
-        return;
-      default:
-        if constexpr (M > 1 && N > 1) _tile_dpbf16ps(3, 5, 7);
+  /// c [16 M rows, 16] += a [rows, 32] * b [16 pairs, 16]. With M = 2 five tile registers are in
+  /// use; all eight would be slow beside a busy hyperthread (amx_folded_gemm.h).
+  template <int M>
+  static QN_INLINE void multiply_tiles(const char* a, const char* b, int64_t b_stride) {
+    _tile_loadd(6, b, b_stride);
+    _tile_loadd(4, a, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (M > 1) {
+      _tile_loadd(5, a + 16 * 64, 64);
+      _tile_dpbf16ps(1, 5, 6);
     }
   }
 
-  template <int M, int N>
+  template <int M>
   static QN_INLINE void zero_tiles() {
     _tile_zero(0);
-    if constexpr (N > 1) _tile_zero(1);
-    if constexpr (M > 1) _tile_zero(2);
-    if constexpr (M > 1 && N > 1) _tile_zero(3);
+    if constexpr (M > 1) _tile_zero(1);
   }
 
-  template <int M, int N>
+  template <int M>
   static QN_INLINE void load_tiles(const float* c, int64_t stride) {
     _tile_loadd(0, c, stride);
-    if constexpr (N > 1) _tile_loadd(1, c + 16, stride);
-    if constexpr (M > 1) {
-      _tile_loadd(2, c + 4 * stride, stride);
-      if constexpr (N > 1) _tile_loadd(3, c + 4 * stride + 16, stride);
-    }
+    if constexpr (M > 1) _tile_loadd(1, c + 4 * stride, stride);
   }
 
-  template <int M, int N>
+  template <int M>
   static QN_INLINE void store_tiles(float* c, int64_t stride) {
     _tile_stored(0, c, stride);
-    if constexpr (N > 1) _tile_stored(1, c + 16, stride);
-    if constexpr (M > 1) {
-      _tile_stored(2, c + 4 * stride, stride);
-      if constexpr (N > 1) _tile_stored(3, c + 4 * stride + 16, stride);
-    }
+    if constexpr (M > 1) _tile_stored(1, c + 4 * stride, stride);
   }
 
-  /// scores = q k^T of one block, then out += p v of another one, in steps of a tile
-  /// multiplication.
+  /// scores = q k^T of one block, then out += p v of another one, in steps of a tile of keys or
+  /// values.
   template <int M>
   class TileWork {
    public:
@@ -595,16 +569,16 @@ struct TilePath {
     void add_keys(const Block& block, float* scores) {
       keys_ = &block;
       scores_ = scores;
-      key_steps_ = block.groups * depth_ * kTiles;
-      key_group_ = key_depth_ = key_tile_ = 0;
+      key_steps_ = block.groups * kKeyTiles * depth_;
+      key_tile_ = key_depth_ = 0;
     }
 
     void add_values(const Block& block, const bf16* probs, float* out) {
       values_ = &block;
       probs_ = reinterpret_cast<const char*>(probs);
       out_ = out;
-      value_steps_ = block.groups * depth_ * kTiles;
-      value_group_ = value_tile_ = 0;
+      value_steps_ = block.groups * static_cast<int>(head_dim_ / Vec::kLanes);
+      value_group_ = 0;
       value_dim_ = 0;
     }
 
@@ -617,41 +591,38 @@ struct TilePath {
           key_step();
           --key_steps_;
         } else {
-          value_dim_ + 16 < head_dim_ ? value_step<2>() : value_step<1>();
+          value_step();
           --value_steps_;
         }
       }
     }
 
    private:
-    static constexpr int kTiles = 4;
+    static constexpr int kKeyTiles = kGroup / Vec::kLanes;
 
     QN_INLINE void key_step() {
-      if (key_depth_ == 0 && key_tile_ == 0) zero_tiles<M, 2>();
-      multiply_tile<M, 2>(key_tile_, query_ + key_depth_ * query_step_,
-                          keys_->keys[key_group_] + key_depth_ * 16 * key_stride_, key_stride_);
-      if (++key_tile_ < kTiles) return;
-      key_tile_ = 0;
+      if (key_depth_ == 0) zero_tiles<M>();
+      multiply_tiles<M>(query_ + key_depth_ * query_step_,
+                        keys_->keys[key_tile_ / kKeyTiles] + key_depth_ * 16 * key_stride_ +
+                            key_tile_ % kKeyTiles * 64,
+                        key_stride_);
       if (++key_depth_ < depth_) return;
       key_depth_ = 0;
-      store_tiles<M, 2>(scores_ + key_group_ * kGroup, kScoreStride * 4);
-      ++key_group_;
+      store_tiles<M>(scores_ + key_tile_ * Vec::kLanes, kScoreStride * 4);
+      ++key_tile_;
     }
 
-    template <int N>
     QN_INLINE void value_step() {
       const int64_t stride = head_dim_ * 4;
-      if (value_group_ == 0 && value_tile_ == 0) {
-        values_->starts_part ? zero_tiles<M, N>() : load_tiles<M, N>(out_ + value_dim_, stride);
+      if (value_group_ == 0) {
+        values_->starts_part ? zero_tiles<M>() : load_tiles<M>(out_ + value_dim_, stride);
       }
-      multiply_tile<M, N>(value_tile_, probs_ + value_group_ * kProbStride * 2,
-                          values_->values[value_group_] + value_dim_ * 4, stride);
-      if (++value_tile_ < kTiles) return;
-      value_tile_ = 0;
+      multiply_tiles<M>(probs_ + value_group_ * kProbStride * 2,
+                        values_->values[value_group_] + value_dim_ * 4, stride);
       if (++value_group_ < values_->groups) return;
       value_group_ = 0;
-      store_tiles<M, N>(out_ + value_dim_, stride);
-      value_dim_ += 32;
+      store_tiles<M>(out_ + value_dim_, stride);
+      value_dim_ += Vec::kLanes;
     }
 
     const char* query_;
@@ -660,13 +631,13 @@ struct TilePath {
 
     const Block* keys_ = nullptr;
     float* scores_ = nullptr;
-    int key_steps_ = 0, key_group_ = 0, key_depth_ = 0, key_tile_ = 0;
+    int key_steps_ = 0, key_tile_ = 0, key_depth_ = 0;
 
     const Block* values_ = nullptr;
     const char* probs_ = nullptr;
     float* out_ = nullptr;
     int64_t value_dim_ = 0;
-    int value_steps_ = 0, value_group_ = 0, value_tile_ = 0;
+    int value_steps_ = 0, value_group_ = 0;
   };
 
   template <int M>
