@@ -198,6 +198,7 @@ class Simulator:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.ptx: Ptx | None = None
+        self.stream: int | None = None  # the executor runs at once what is in none
         self.library = ctypes.CDLL(str(path), mode=os.RTLD_LOCAL)
         self.buffers: list[Buffer] = []
         size, pointer, text = ctypes.c_size_t, ctypes.c_void_p, ctypes.c_char_p
@@ -259,7 +260,7 @@ class Simulator:
             else:
                 converted.append(argument)
         before = self._memory() if self.ptx else {}
-        result: int = getattr(self.library, launcher)(*converted, ctypes.c_void_p(None))
+        result: int = getattr(self.library, launcher)(*converted, ctypes.c_void_p(self.stream))
         if self.ptx:
             self._compare_with_ptx(before)
         return result

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import cuda_simulator
 import pytest
+from cuda_gpu import Gpu, library_of_environment
 from cuda_simulator import ROOT, Launch, Simulator
 from tools_module import load_tool
 
@@ -14,6 +15,8 @@ short_name = load_tool("cuda_gate").short_name
 
 
 def _library(target: str) -> Simulator:
+    if library_of_environment() is not None:
+        pytest.skip("needs the executor; QN_CUDA_LIBRARY names a GPU's library")
     if tool := cuda_simulator.missing_build_tool():
         pytest.skip(f"the CUDA simulator cannot be built: {tool} is missing")
     return Simulator(cuda_simulator.build(target))
@@ -21,6 +24,8 @@ def _library(target: str) -> Simulator:
 
 @pytest.fixture(scope="session")
 def checked_library() -> Simulator:
+    if path := library_of_environment():
+        return Gpu(path)
     return _library("qn_cuda_sim")
 
 

@@ -15,6 +15,7 @@ import cuda_simulator
 import numpy as np
 import pytest
 import torch
+from cuda_gpu import library_of_environment
 from cuda_simulator import Simulator
 from model.tiny import logits, make_checkpoint
 from tolerance import assert_contraction
@@ -36,7 +37,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def simulated(monkeypatch: pytest.MonkeyPatch, target: str, memory: int = 256 << 20) -> Path:
-    """Makes a simulator the device "cuda-sim"."""
+    """Makes a simulator, or the GPU of QN_CUDA_LIBRARY, the device "cuda-sim"."""
+    if path := library_of_environment():
+        if target != "qn_cuda_sim_fast":
+            pytest.skip("needs the executor")
+        monkeypatch.setenv("QN_CUDA_SIM_LIBRARY", str(path))
+        return path
     if tool := cuda_simulator.missing_build_tool():
         pytest.skip(f"the CUDA simulator cannot be built: {tool} is missing")
     path = cuda_simulator.build(target)
@@ -266,6 +272,7 @@ def test_every_check_on(checkpoints, monkeypatch):
     assert not reports, "\n" + "\n".join(map(str, reports))
 
 
+@pytest.mark.skipif(library_of_environment() is not None, reason="a GPU's memory is what it is")
 def test_too_little_memory(checkpoints, monkeypatch):
     folder, _ = checkpoints["qwen2"]
     llm = load(folder)
