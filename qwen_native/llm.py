@@ -97,7 +97,8 @@ class LLM:
             kv_dtype: Precision of the KV cache: "bf16", "f32", "int8" (a little over half the
                 memory of bf16; docs/NUMERICS.md) or "auto" (f32 with f32 weights, else bf16).
             invariant: With int4 weights, round the same way whatever the batch, so that results do
-                not depend on it; slower for prompts. The other formats always do.
+                not depend on it; slower for prompts. The other formats always do, but
+                on a GPU all need it.
             packed_cache: Keep quantised weights as a packed file in the cache folder, so that they
                 are made once, loaded at once and shared between processes (docs/PACKED_FILE.md).
                 Default: unless the environment variable QN_PACKED_CACHE is 0.
@@ -299,7 +300,7 @@ class LLM:
         """Compute the log-probability of each token given those before it.
 
         Bit for bit what `generate` reports for the tokens it chose (with int4 weights only when
-        `invariant=True`).
+        `invariant=True`; on a GPU within the rounding of bf16).
 
         Returns:
             [n - 1], float32: entry i belongs to token i + 1.

@@ -115,7 +115,7 @@ void GpuInputs::begin(size_t bytes) {
 void* GpuInputs::put_bytes(const void* values, size_t bytes) {
   QN_CHECK(used_ + padded(bytes) <= host_.size(), "[gpu] a step's inputs take more than the ",
            host_.size(), " bytes that were announced");
-  std::memcpy(static_cast<char*>(host_.data()) + used_, values, bytes);
+  if (bytes > 0) std::memcpy(static_cast<char*>(host_.data()) + used_, values, bytes);
   void* result = static_cast<char*>(device_.data()) + used_;
   used_ += padded(bytes);
   return result;

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,14 @@ import pytest
 import torch
 from cuda_gpu import library_of_environment
 from cuda_simulator import Simulator
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
 from model.tiny import logits, make_checkpoint
 from tolerance import assert_contraction
 
 from qwen_native import _C, LLM, ops
+from qwen_native.checkpoint import open_checkpoint
+from qwen_native.devices import open_device
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -180,6 +185,51 @@ def test_packed_files(checkpoints, monkeypatch, tmp_path):
     assert np.array_equal(packed.logits(ids), unpacked.logits(ids))
     with pytest.raises(ValueError, match="is held as int4, which no GPU kernel reads; expected"):
         load(files["int4"], "auto")
+
+
+def test_formats_of_gguf(tmp_path):
+    """ "auto" holds Q8_0 and Q4_0 as they are, side by side in one model."""
+    shape = SHAPES["qwen2"] | {"intermediate_size": 224}
+    model = make_checkpoint(tmp_path, "qwen2", dtype=torch.bfloat16, **shape)
+    config = open_checkpoint(tmp_path).config
+    builder = _C.ModelBuilder(
+        asdict(config) | {"max_position_embeddings": config.context_length},
+        "auto",
+        False,
+        1,
+        open_device("cuda-sim")[1],
+    )
+    for name, parameter in model.named_parameters():
+        kind = "F32" if parameter.dim() == 1 else "Q4_0" if "k_proj" in name else "Q8_0"
+        data = parameter.detach().numpy()
+        if kind != "F32":
+            data = quantize(data, GGMLQuantizationType[kind])
+            parameter.data = torch.from_numpy(dequantize(data, GGMLQuantizationType[kind]))
+        raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
+        builder.add(name, kind, list(parameter.shape), raw, lambda begin, end: None)
+    held = builder.finish()
+    assert set(held.bytes_by_format) == {"int8_grouped", "int4_symmetric"}
+    engine = _C.Engine(held, threads=1, context=100, cache_tokens=100, kv_dtype="bf16")
+    ids = random_ids(40)
+    compare(engine.logits(ids, 40), model, ids)
+
+
+def test_a_cache_too_small_for_all(checkpoints):
+    """Sequences give their pages back and start over; an aborted one leaves room for the rest."""
+    folder, _ = checkpoints["qwen2"]
+    llm = load(folder)
+    engine = _C.Engine(llm.model, threads=1, context=128, cache_tokens=256, kv_dtype="bf16")
+    greedy = _C.SamplingParams(temperature=0.0)
+    requests = [
+        engine.add(random_ids(50, seed=n), greedy, max_new_tokens=20, stop_ids=[]) for n in range(5)
+    ]
+    tokens: dict[int, list[int]] = {request: [] for request in requests}
+    while engine.has_work:
+        for emitted in engine.step():
+            tokens[emitted[0]].append(emitted[2])
+        if len(tokens[requests[4]]) == 3:
+            engine.abort(requests[4])
+    assert [len(tokens[request]) for request in requests] == [20, 20, 20, 20, 3]
 
 
 def test_batch_and_alone_are_the_same(checkpoints):
