@@ -19,18 +19,42 @@ struct OpThreads {
   std::mutex mutex;
   std::unique_ptr<ThreadPool> pool;
   Workspace workspace;
+  std::shared_ptr<Gpu> gpu;  // of arrays on a GPU; changed with the mutex held
 };
 
 OpThreads& op_threads() {
-  static OpThreads instance{{}, std::make_unique<ThreadPool>(thread_budget().threads), {}};
+  static OpThreads instance{{}, std::make_unique<ThreadPool>(thread_budget().threads), {}, {}};
   return instance;
 }
 
 }  // namespace
 
-OpContext::OpContext()
-    : lock_(op_threads().mutex), context_{*op_threads().pool, op_threads().workspace} {
-  context_.workspace.reset();
+OpContext::OpContext(const OpDevice& device)
+    : lock_(op_threads().mutex),
+      gpu_(device.on_gpu ? op_threads().gpu : nullptr),
+      gpu_scratch_(gpu_.get()),
+      context_{*op_threads().pool, gpu_ != nullptr ? gpu_scratch_ : op_threads().workspace,
+               gpu_.get()} {
+  if (gpu_ != nullptr)
+    stream_.emplace(*gpu_, device.stream);
+  else
+    context_.workspace.reset();
+}
+
+void set_op_gpu(std::shared_ptr<Gpu> gpu) {
+  py::gil_scoped_release unlocked;
+  const std::lock_guard<std::mutex> lock(op_threads().mutex);
+  op_threads().gpu = std::move(gpu);
+}
+
+void require_op_gpu() {
+  {
+    py::gil_scoped_release unlocked;
+    const std::lock_guard<std::mutex> lock(op_threads().mutex);
+    if (op_threads().gpu != nullptr) return;
+  }
+  const py::tuple opened = py::module_::import("qwen_native.devices").attr("open_device")("cuda");
+  set_op_gpu(opened[1].cast<std::shared_ptr<Gpu>>());
 }
 
 void register_core(py::module_& module) {
@@ -50,6 +74,7 @@ void register_core(py::module_& module) {
         result["total_bytes"] = info.total_bytes;
         return result;
       });
+  module.def("set_op_gpu", &set_op_gpu, py::arg("gpu"));
   module.def("gpu_has_format", [](const std::string& format) {
     return ops::gpu_has_format(ops::weight_format_from_name(format));
   });

@@ -92,11 +92,12 @@ DType kv_dtype(const std::string& name) {
 }
 
 void register_ops(py::module_& module) {
-  module.def("rms_norm", [](const PyTensor& out, const PyTensor& x, const PyTensor& weight,
-                            float eps, const std::optional<PyTensor>& residual) {
+  module.def("rms_norm", [](const PyDeviceTensor& out, const PyDeviceTensor& x,
+                            const PyDeviceTensor& weight, float eps,
+                            const std::optional<PyDeviceTensor>& residual) {
     py::gil_scoped_release unlocked;
     ops::rms_norm(out.view, x.view, weight.view, eps, residual ? &residual->view : nullptr,
-                  op_context());
+                  op_context(common_device(out, x, weight, residual)));
   });
 
   py::class_<PySegment>(module, "LinearSegment")
@@ -110,49 +111,59 @@ void register_ops(py::module_& module) {
     ops::linear(out.view, x.view, native, add ? ops::Epilogue::Add : ops::Epilogue::Store,
                 invariant, op_context());
   });
-  module.def("rope", [](const PyTensor& x, const PyTensor& cos, const PyTensor& sin) {
-    py::gil_scoped_release unlocked;
-    ops::rope(x.view, cos.view, sin.view, op_context());
-  });
-  module.def("swiglu", [](const PyTensor& out, const PyTensor& gate, const PyTensor& up) {
-    py::gil_scoped_release unlocked;
-    ops::swiglu(out.view, gate.view, up.view, op_context());
-  });
-  module.def("rms_norm_bwd",
-             [](const PyTensor& dx, const PyTensor& dweight, const PyTensor& dy, const PyTensor& x,
-                const PyTensor& weight, float eps, const std::optional<PyTensor>& residual_grad) {
+  module.def("rope",
+             [](const PyDeviceTensor& x, const PyDeviceTensor& cos, const PyDeviceTensor& sin) {
                py::gil_scoped_release unlocked;
-               ops::rms_norm_bwd(dx.view, dweight.view, dy.view, x.view, weight.view, eps,
-                                 residual_grad ? &residual_grad->view : nullptr, op_context());
+               ops::rope(x.view, cos.view, sin.view, op_context(common_device(x, cos, sin)));
              });
-  module.def("swiglu_bwd", [](const PyTensor& dgate, const PyTensor& dup, const PyTensor& dout,
-                              const PyTensor& gate, const PyTensor& up) {
-    py::gil_scoped_release unlocked;
-    ops::swiglu_bwd(dgate.view, dup.view, dout.view, gate.view, up.view, op_context());
-  });
-  module.def("softmax_xent",
-             [](const PyTensor& log_prob, const PyTensor& logits, const PyTensor& targets,
-                float scale, const std::optional<PyTensor>& grad) {
+  module.def("swiglu",
+             [](const PyDeviceTensor& out, const PyDeviceTensor& gate, const PyDeviceTensor& up) {
                py::gil_scoped_release unlocked;
-               ops::softmax_xent(log_prob.view, logits.view, targets.view, scale,
-                                 grad ? &grad->view : nullptr, op_context());
+               ops::swiglu(out.view, gate.view, up.view, op_context(common_device(out, gate, up)));
              });
+  module.def("rms_norm_bwd", [](const PyDeviceTensor& dx, const PyDeviceTensor& dweight,
+                                const PyDeviceTensor& dy, const PyDeviceTensor& x,
+                                const PyDeviceTensor& weight, float eps,
+                                const std::optional<PyDeviceTensor>& residual_grad) {
+    py::gil_scoped_release unlocked;
+    ops::rms_norm_bwd(dx.view, dweight.view, dy.view, x.view, weight.view, eps,
+                      residual_grad ? &residual_grad->view : nullptr,
+                      op_context(common_device(dx, dweight, dy, x, weight, residual_grad)));
+  });
+  module.def("swiglu_bwd",
+             [](const PyDeviceTensor& dgate, const PyDeviceTensor& dup, const PyDeviceTensor& dout,
+                const PyDeviceTensor& gate, const PyDeviceTensor& up) {
+               py::gil_scoped_release unlocked;
+               ops::swiglu_bwd(dgate.view, dup.view, dout.view, gate.view, up.view,
+                               op_context(common_device(dgate, dup, dout, gate, up)));
+             });
+  module.def("softmax_xent", [](const PyDeviceTensor& log_prob, const PyDeviceTensor& logits,
+                                const PyDeviceTensor& targets, float scale,
+                                const std::optional<PyDeviceTensor>& grad) {
+    py::gil_scoped_release unlocked;
+    ops::softmax_xent(log_prob.view, logits.view, targets.view, scale, grad ? &grad->view : nullptr,
+                      op_context(common_device(log_prob, logits, targets, grad)));
+  });
   module.def("packed_attention",
-             [](const PyTensor& out, const PyTensor& lse, const PyTensor& q, const PyTensor& k,
-                const PyTensor& v, const PyTensor& cu_seqlens, float scale, int64_t window) {
+             [](const PyDeviceTensor& out, const PyDeviceTensor& lse, const PyDeviceTensor& q,
+                const PyDeviceTensor& k, const PyDeviceTensor& v, const PyDeviceTensor& cu_seqlens,
+                float scale, int64_t window) {
                py::gil_scoped_release unlocked;
                ops::packed_attention(out.view, lse.view, q.view, k.view, v.view, cu_seqlens.view,
-                                     {scale, window}, op_context());
+                                     {scale, window},
+                                     op_context(common_device(out, lse, q, k, v, cu_seqlens)));
              });
   module.def("packed_attention_bwd",
-             [](const PyTensor& dq, const PyTensor& dk, const PyTensor& dv, const PyTensor& dout,
-                const PyTensor& q, const PyTensor& k, const PyTensor& v, const PyTensor& out,
-                const PyTensor& lse, const PyTensor& cu_seqlens, float scale, int64_t window) {
+             [](const PyDeviceTensor& dq, const PyDeviceTensor& dk, const PyDeviceTensor& dv,
+                const PyDeviceTensor& dout, const PyDeviceTensor& q, const PyDeviceTensor& k,
+                const PyDeviceTensor& v, const PyDeviceTensor& out, const PyDeviceTensor& lse,
+                const PyDeviceTensor& cu_seqlens, float scale, int64_t window) {
                py::gil_scoped_release unlocked;
                ops::packed_attention_bwd(
                    dq.view, dk.view, dv.view,
                    {dout.view, q.view, k.view, v.view, out.view, lse.view, cu_seqlens.view},
-                   {scale, window}, op_context());
+                   {scale, window},
+                   op_context(common_device(dq, dk, dv, dout, q, k, v, out, lse, cu_seqlens)));
              });
   module.def("has_matmul", [] { return ops::has_matmul(); });
   module.def("matmul",
@@ -166,15 +177,17 @@ void register_ops(py::module_& module) {
     py::gil_scoped_release unlocked;
     return ops::squared_norm(x.view, op_context());
   });
-  module.def("adamw", [](const PyTensor& master, const PyTensor& mean, const PyTensor& square,
-                         const PyTensor& grad, const std::optional<PyTensor>& parameter,
-                         int64_t step, double rate, double beta1, double beta2, double eps,
-                         double weight_decay, double grad_scale) {
-    py::gil_scoped_release unlocked;
-    ops::adamw(master.view, mean.view, square.view, grad.view,
-               parameter ? &parameter->view : nullptr,
-               {step, rate, beta1, beta2, eps, weight_decay, grad_scale}, op_context());
-  });
+  module.def("adamw",
+             [](const PyDeviceTensor& master, const PyDeviceTensor& mean,
+                const PyDeviceTensor& square, const PyDeviceTensor& grad,
+                const std::optional<PyDeviceTensor>& parameter, int64_t step, double rate,
+                double beta1, double beta2, double eps, double weight_decay, double grad_scale) {
+               py::gil_scoped_release unlocked;
+               ops::adamw(master.view, mean.view, square.view, grad.view,
+                          parameter ? &parameter->view : nullptr,
+                          {step, rate, beta1, beta2, eps, weight_decay, grad_scale},
+                          op_context(common_device(master, mean, square, grad, parameter)));
+             });
   module.def("mlp", [](const PyTensor& out, const PyTensor& x, const PyWeight& gate,
                        const PyWeight& up, const PyWeight& down, bool invariant) {
     py::gil_scoped_release unlocked;

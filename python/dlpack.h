@@ -34,6 +34,7 @@ struct DLManagedTensor {
 }
 
 constexpr int32_t kDLCpu = 1;
+constexpr int32_t kDLCuda = 2;
 constexpr uint8_t kDLInt = 0;
 constexpr uint8_t kDLFloat = 2;
 constexpr uint8_t kDLBfloat = 4;

@@ -36,6 +36,9 @@ class Gpu:
     def info(self) -> dict[str, Any]:
         """Return name, capability, multiprocessors, free_bytes and total_bytes."""
 
+def set_op_gpu(gpu: Gpu | None) -> None:
+    """Set the GPU that ops of arrays on a GPU run on; None opens the first one when needed."""
+
 def thread_budget() -> dict[str, int]:
     """Return affinity, cores, quota, override (0 = none) and the threads decided from them."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,19 @@ def open_device(device: str) -> tuple[str, _C.Gpu | None, list[str]]:
     except RuntimeError as error:
         return "cpu", None, [f"device 'auto' is the CPU: {error}"]
     return "cuda", gpu, [f"device 'auto' is {gpu.info()['name']}"]
+
+
+def current_stream(array: Any) -> int:
+    """Return the CUDA stream that work on an array on a GPU is queued on, as its handle's number.
+
+    Args:
+        array: a torch tensor: torch's current stream of its device; else an array whose
+            `__cuda_array_interface__` may name a stream (0, the default stream, when it does not).
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        return int(torch.cuda.current_stream(array.device).cuda_stream)
+    return int(getattr(array, "__cuda_array_interface__", {}).get("stream") or 0)
 
 
 def cuda_facts() -> dict[str, Any]:

@@ -1,8 +1,15 @@
-"""The engine's ops on numpy arrays or torch CPU tensors.
+"""The engine's ops on numpy arrays or torch tensors.
 
 Every function takes numpy float32 arrays or torch tensors (float32 or bfloat16; moved across by
 DLPack, without a copy) and returns an array of the same kind. They run on the active
 instruction-set level (`set_isa`).
+
+`rms_norm`, `rope`, `swiglu`, `softmax_xent`, `packed_attention`, their gradients and `adamw` also
+take torch tensors, or other arrays with DLPack, on the first GPU, in a build with CUDA kernels. The
+work is queued on torch's current stream (of other arrays: the one that `__cuda_array_interface__`
+names). There `packed_attention` takes bfloat16 with head_dim 64, 80, 96 or 128, and nobody looks at
+the values of `targets` and `cu_seqlens` beforehand: a target outside the vocabulary gives NaN,
+documents are cut to the tokens that there are.
 """
 
 from __future__ import annotations

@@ -41,6 +41,7 @@ class Gpu {
   friend class PinnedBuffer;
   friend class GpuEvent;
   friend class GpuGraph;
+  friend class GpuStreamScope;
   struct Table {
 #define QN_GPU_MEMBER(name) decltype(&::qn_gpu_##name) name;
     QN_GPU_FUNCTIONS(QN_GPU_MEMBER)
@@ -51,6 +52,19 @@ class Gpu {
   void* handle_ = nullptr;
   Table call_{};
   void* stream_ = nullptr;
+};
+
+/// Lets a GPU queue on a stream of somebody else's while it lives.
+class GpuStreamScope {
+ public:
+  GpuStreamScope(Gpu& gpu, void* stream) : gpu_(gpu), own_(std::exchange(gpu.stream_, stream)) {}
+  ~GpuStreamScope() { gpu_.stream_ = own_; }
+  GpuStreamScope(const GpuStreamScope&) = delete;
+  GpuStreamScope& operator=(const GpuStreamScope&) = delete;
+
+ private:
+  Gpu& gpu_;
+  void* own_;
 };
 
 /// Device memory; contents start uninitialised. The GPU must outlive it.

@@ -2,6 +2,7 @@
 
 #include "kernels/cpu/dispatch.h"
 #include "ops/check.h"
+#include "ops/cuda.h"
 #include "ops/ops.h"
 
 namespace qn::ops {
@@ -66,6 +67,7 @@ void adamw(const TensorView& master, const TensorView& mean, const TensorView& s
   args.rate = static_cast<float>(options.rate / correction(options.beta1));
   args.correction2 = static_cast<float>(1 / correction(options.beta2));
   args.grad_dtype = grad.dtype;
+  if (context.gpu != nullptr) return cuda::adamw(args, context);
   const auto kernel = cpu::active_cpu_kernels().adamw;
   context.pool.parallel_for((args.n + kAdamwBlock - 1) / kAdamwBlock, 1,
                             [&](int64_t begin, int64_t end, int) { kernel(args, begin, end); });

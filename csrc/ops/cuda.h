@@ -1,5 +1,6 @@
 // The GPU's half of the ops that the network consists of. Each op hands over here in one place.
 #pragma once
+#include "kernels/args.h"
 #include "kernels/cuda/gemm_layout.h"
 #include "ops/ops.h"
 
@@ -35,5 +36,18 @@ void append_qkv(const TensorView& qkv, const QkvTransform& transform, const KvLa
                 const Batch& batch, const ExecContext& context);
 void attention(const TensorView& out, const TensorView& q, const KvLayer& layer, const Batch& batch,
                float scale, int64_t window, const ExecContext& context);
+
+// Training's; the arguments are checked but for what only their kernels ask.
+void rms_norm_bwd(const RmsNormBwdArgs& args, const ExecContext& context);
+void rope(const RopeArgs& args, int64_t tokens, const ExecContext& context);
+void swiglu_bwd(const SwigluBwdArgs& args, int64_t tokens, const ExecContext& context);
+void softmax_xent(const SoftmaxXentArgs& args, int64_t rows, const ExecContext& context);
+void adamw(const AdamwArgs& args, const ExecContext& context);
+void packed_attention(const TensorView& out, const TensorView& lse, const TensorView& q,
+                      const TensorView& k, const TensorView& v, const TensorView& cu_seqlens,
+                      const PackedAttentionOptions& options, const ExecContext& context);
+void packed_attention_bwd(const TensorView& dq, const TensorView& dk, const TensorView& dv,
+                          const PackedAttentionPass& pass, const PackedAttentionOptions& options,
+                          const ExecContext& context);
 
 }  // namespace qn::ops::cuda

@@ -3,6 +3,7 @@
 
 #include "kernels/cpu/dispatch.h"
 #include "ops/check.h"
+#include "ops/cuda.h"
 #include "ops/ops.h"
 
 namespace qn::ops {
@@ -23,11 +24,9 @@ void check_like(const char* op, const char* name, const TensorView& tensor, cons
 
 PackedStrides strides_of(const TensorView& tensor) { return {tensor.stride[0], tensor.stride[1]}; }
 
-/// The arguments of both directions; `length` becomes that of the longest document.
-PackedAttentionArgs common_args(const char* op, const TensorView& out, const TensorView& lse,
-                                const TensorView& q, const TensorView& k, const TensorView& v,
-                                const TensorView& cu_seqlens, const PackedAttentionOptions& options,
-                                Workspace& workspace, int64_t& item_count, int64_t& length) {
+void check_forward(const char* op, const TensorView& out, const TensorView& lse,
+                   const TensorView& q, const TensorView& k, const TensorView& v,
+                   const TensorView& cu_seqlens, const PackedAttentionOptions& options) {
   check_heads(op, "q", q);
   check_heads(op, "k", k);
   check_like(op, "v", v, "k", k);
@@ -51,6 +50,14 @@ PackedAttentionArgs common_args(const char* op, const TensorView& out, const Ten
                cu_seqlens.shape[0] > 0,
            "[", op, "] cu_seqlens is ", cu_seqlens.describe(),
            ", expected dense i32[documents + 1]");
+}
+
+/// The arguments of both directions; `length` becomes that of the longest document.
+PackedAttentionArgs common_args(const char* op, const TensorView& out, const TensorView& lse,
+                                const TensorView& q, const TensorView& k, const TensorView& v,
+                                const TensorView& cu_seqlens, const PackedAttentionOptions& options,
+                                Workspace& workspace, int64_t& item_count, int64_t& length) {
+  const int64_t tokens = q.shape[0], num_heads = q.shape[1], head_dim = q.shape[2];
   const int32_t* ends = cu_seqlens.as<const int32_t>();
   const int64_t documents = cu_seqlens.shape[0] - 1;
   QN_CHECK(ends[0] == 0 && ends[documents] == tokens, "[", op, "] cu_seqlens goes from ", ends[0],
@@ -109,6 +116,9 @@ void run_items(Kernel kernel, const PackedAttentionArgs& args, int64_t item_coun
 void packed_attention(const TensorView& out, const TensorView& lse, const TensorView& q,
                       const TensorView& k, const TensorView& v, const TensorView& cu_seqlens,
                       const PackedAttentionOptions& options, const ExecContext& context) {
+  check_forward("packed_attention", out, lse, q, k, v, cu_seqlens, options);
+  if (context.gpu != nullptr)
+    return cuda::packed_attention(out, lse, q, k, v, cu_seqlens, options, context);
   const Workspace::Scope scope(context.workspace);
   int64_t item_count, length;
   const PackedAttentionArgs args = common_args("packed_attention", out, lse, q, k, v, cu_seqlens,
@@ -121,15 +131,17 @@ void packed_attention_bwd(const TensorView& dq, const TensorView& dk, const Tens
                           const PackedAttentionPass& pass, const PackedAttentionOptions& options,
                           const ExecContext& context) {
   constexpr const char* kOp = "packed_attention_bwd";
+  check_forward(kOp, pass.out, pass.lse, pass.q, pass.k, pass.v, pass.cu_seqlens, options);
+  check_like(kOp, "dout", pass.dout, "q", pass.q);
+  check_like(kOp, "dq", dq, "q", pass.q);
+  check_like(kOp, "dk", dk, "k", pass.k);
+  check_like(kOp, "dv", dv, "k", pass.k);
+  if (context.gpu != nullptr) return cuda::packed_attention_bwd(dq, dk, dv, pass, options, context);
   const Workspace::Scope scope(context.workspace);
   int64_t item_count, length;
   PackedAttentionArgs args =
       common_args(kOp, pass.out, pass.lse, pass.q, pass.k, pass.v, pass.cu_seqlens, options,
                   context.workspace, item_count, length);
-  check_like(kOp, "dout", pass.dout, "q", pass.q);
-  check_like(kOp, "dq", dq, "q", pass.q);
-  check_like(kOp, "dk", dk, "k", pass.k);
-  check_like(kOp, "dv", dv, "k", pass.k);
   args.dout = pass.dout.data;
   args.dq = dq.data;
   args.dk = dk.data;

@@ -1,5 +1,6 @@
 #include "kernels/cpu/dispatch.h"
 #include "ops/check.h"
+#include "ops/cuda.h"
 #include "ops/ops.h"
 
 namespace qn::ops {
@@ -44,6 +45,7 @@ void rms_norm_bwd(const TensorView& dx, const TensorView& dweight, const TensorV
   args.eps = eps;
   args.dtype = x.dtype;
   args.weight_dtype = weight.dtype;
+  if (context.gpu != nullptr) return cuda::rms_norm_bwd(args, context);
   const cpu::CpuKernels& kernels = cpu::active_cpu_kernels();
   context.pool.parallel_for(
       blocks, 1, [&](int64_t begin, int64_t end, int) { kernels.rms_norm_bwd(args, begin, end); });

@@ -1,5 +1,6 @@
 #include "kernels/cpu/dispatch.h"
 #include "ops/check.h"
+#include "ops/cuda.h"
 #include "ops/ops.h"
 
 namespace qn::ops {
@@ -34,6 +35,7 @@ void rope(const TensorView& x, const TensorView& cos, const TensorView& sin,
   args.cos_stride = cos.stride[0];
   args.sin_stride = sin.stride[0];
   args.dtype = x.dtype;
+  if (context.gpu != nullptr) return cuda::rope(args, x.shape[0], context);
   const auto kernel = cpu::active_cpu_kernels().rope;
   constexpr int64_t kTokensPerChunk = 4;
   context.pool.parallel_for(x.shape[0], kTokensPerChunk,

@@ -2,6 +2,7 @@
 
 #include "kernels/cpu/dispatch.h"
 #include "ops/check.h"
+#include "ops/cuda.h"
 #include "ops/ops.h"
 
 namespace qn::ops {
@@ -37,6 +38,7 @@ void softmax_xent(const TensorView& log_prob, const TensorView& logits, const Te
   args.logits_stride = logits.stride[0];
   args.scale = scale;
   args.dtype = logits.dtype;
+  if (context.gpu != nullptr) return cuda::softmax_xent(args, logits.shape[0], context);
   for (int64_t row = 0; row < logits.shape[0]; ++row) {
     QN_CHECK(args.targets[row] >= -1 && args.targets[row] < args.vocab, "[softmax_xent] targets[",
              row, "] is ", args.targets[row], ", expected -1 to ", args.vocab - 1);

@@ -1,5 +1,6 @@
 #include "kernels/cpu/dispatch.h"
 #include "ops/check.h"
+#include "ops/cuda.h"
 #include "ops/ops.h"
 
 namespace qn::ops {
@@ -30,6 +31,7 @@ void swiglu_bwd(const TensorView& dgate, const TensorView& dup, const TensorView
   args.gate_stride = gate.stride[0];
   args.up_stride = up.stride[0];
   args.dtype = gate.dtype;
+  if (context.gpu != nullptr) return cuda::swiglu_bwd(args, gate.shape[0], context);
   const int64_t blocks_per_row = (args.inter + kSwigluBlock - 1) / kSwigluBlock;
   const auto kernel = cpu::active_cpu_kernels().swiglu_bwd;
   constexpr int64_t kBlocksPerChunk = 4;

@@ -6,15 +6,20 @@
 
 namespace qn::cuda {
 
-/// One document as a block sees it, for one kv head.
+/// One document as a block sees it, for one kv head. Nobody has checked `begins`: what lies outside
+/// the tokens is cut off.
 struct Document {
   int first_token, length, kv_head, group;
 
   QN_DEV Document(const DocumentAttentionArgs& args, int document, int kv_head_index)
-      : first_token(args.begins[document]),
-        length(args.begins[document + 1] - first_token),
+      : first_token(within(args.begins[document], 0, args.tokens)),
+        length(within(args.begins[document + 1], first_token, args.tokens) - first_token),
         kv_head(kv_head_index),
         group(args.num_heads / args.num_kv_heads) {}
+
+  QN_DEV static int within(int value, int low, int64_t high) {
+    return value < low ? low : value < high ? value : static_cast<int>(high);
+  }
 
   QN_DEV int rows() const { return length * group; }
 

@@ -1,6 +1,7 @@
 // log_prob[r] = log(softmax(scale * logits[r]))[targets[r]], and with `grad` the logits are
 // replaced by grad[r] * scale * (one_hot(targets[r]) - softmax(scale * logits[r])); float32 inside,
-// scale > 0. A row without a target (-1) has log_prob 0 and a gradient of zeros.
+// scale > 0. A row without a target (-1) has log_prob 0 and a gradient of zeros; one whose target
+// is not in the vocabulary has log_prob NaN.
 //
 //   block    one row; a thread keeps a running maximum and a sum of powers of two below it; a
 //            shuffle tree and shared memory merge them
@@ -94,7 +95,7 @@ __global__ __launch_bounds__(kThreads) void softmax_xent_kernel(SoftmaxXentArgs 
                          __shfl_xor_sync(kAllLanes, mine.sum, lanes)},
                   exponential);
   if (threadIdx.x % kWarp == 0) shared.warp[threadIdx.x / kWarp] = mine;
-  const float chosen = load1(logits + target);
+  const float chosen = target < vocab ? load1(logits + target) : NAN;
   __syncthreads();
   LogSum all = shared.warp[0];
 #pragma unroll
