@@ -16,7 +16,7 @@ from qwen_native import ops
 
 # The logits of this many bytes are held at a time, or of an eighth of the tokens: a bfloat16
 # gradient of the weight is rounded once for each part.
-_LOGITS_BYTES = 320 << 20
+_LOGITS_BYTES = 160 << 20
 _LARGEST_NUMBER_OF_PARTS = 8
 _DENSE = torch.contiguous_format
 

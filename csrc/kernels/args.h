@@ -303,6 +303,7 @@ struct PackedAttentionArgs {
 /// Block sizes of matmul: rows of A whose packed operands stay, depth of one pass over them,
 /// columns of B at most.
 constexpr int64_t kMatmulRows = 1024;
+constexpr int64_t kMatmulRowsInOnePass = 8192;
 constexpr int64_t kMatmulDepth = 1024;
 constexpr int64_t kMatmulColumns = 512;
 /// Depth for which A is packed at once.
@@ -327,7 +328,7 @@ struct MatmulArgs {
   bool add;  // out += instead of out =
 };
 
-/// Scratch bytes of one thread.
+/// Scratch bytes of one thread; `rows` as many as have sums to keep from pass to pass.
 constexpr int64_t matmul_scratch(int64_t rows, int64_t columns) {
   return kMatmulDepth * columns * 2 + (rows + 31) / 32 * 32 * columns * 4 + 8192;
 }

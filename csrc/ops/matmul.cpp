@@ -61,7 +61,10 @@ void matmul(const TensorView& out, const TensorView& a, bool a_transposed, const
   args.columns =
       std::clamp<int64_t>(ceil_div(ceil_div(n, share * threads), 32) * 32, 64, kMatmulColumns);
   const int64_t units = ceil_div(n, args.columns);
-  const int64_t most_rows = std::min(ceil_div(m, 32) * 32, kMatmulRows);
+  // Every block of rows packs B anew. In one pass there are no sums to keep, so it may be large.
+  const bool one_pass = k <= kMatmulDepth;
+  const int64_t most_rows =
+      std::min(ceil_div(m, 32) * 32, one_pass ? kMatmulRowsInOnePass : kMatmulRows);
   const int64_t most_depth = std::clamp<int64_t>(ceil_div(k, 32) * 32, 32, kMatmulPackedDepth);
 
   const Workspace::Scope scope(context.workspace);
@@ -69,7 +72,7 @@ void matmul(const TensorView& out, const TensorView& a, bool a_transposed, const
   if (k > most_depth) {
     args.partial = context.workspace.allocate_array<float>(units * args.columns * most_rows);
   }
-  const int64_t scratch_bytes = matmul_scratch(most_rows, args.columns);
+  const int64_t scratch_bytes = matmul_scratch(one_pass ? 0 : most_rows, args.columns);
   auto* scratch =
       static_cast<char*>(context.workspace.allocate(static_cast<size_t>(threads * scratch_bytes)));
   for (args.first_row = 0; args.first_row < m; args.first_row += args.rows) {

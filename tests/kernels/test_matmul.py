@@ -15,7 +15,9 @@ SHAPES = [
     (32, 64, 32),
     (33, 300, 65),
     (70, 97, 1100),  # several passes
-    (1060, 65, 40),  # several blocks of rows
+    (1060, 65, 40),
+    (8200, 33, 40),  # several blocks of rows
+    (1060, 40, 1100),  # the same in several passes
     (40, 70, 8230),  # several blocks of depth
     (3, 5, 0),
     (0, 5, 7),

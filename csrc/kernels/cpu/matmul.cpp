@@ -2,7 +2,7 @@
 // three products of a linear layer in training (forward, gradient of the input, gradient of the
 // weight).
 //
-//   unit of work: `columns` columns of a block of up to kMatmulRows rows of A
+//   unit of work: `columns` columns of a block of up to kMatmulRowsInOnePass rows of A
 //   A is packed beforehand for all units, [32 rows][32 of k][2 tiles]; a unit packs its own part of
 //   B, [32 columns][32 of k][2 tiles], in passes of kMatmulDepth, so that 32 x 1024 of A and
 //   1024 x 512 of B stay in L2, and multiplies 2 x 2 tiles
