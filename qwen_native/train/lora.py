@@ -148,7 +148,7 @@ class _QuantizedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return dy @ torch.from_numpy(ops.unpack_weight(ctx.weight)).to(dy.dtype), None
+        return product(dy, torch.from_numpy(ops.unpack_weight(ctx.weight)).to(dy.dtype)), None
 
 
 class QuantizedLinear(nn.Module):
