@@ -75,27 +75,11 @@ QN_INLINE void multiply_groups(const int8_t* x, int64_t x_group, const float* x_
   for (int64_t g = first; g < last; ++g) {
     const int8_t *group_x = x + g * x_group, *codes = panel.codes + g * 1024;
     auto& sum = sums[g - first];
-    if (g % 2 == 0) {  // two sets of tiles, so that a group need not wait for the one before it
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_loadd(4, group_x, kGroupSize);
-      _tile_loadd(6, codes, 64);
-      _tile_dpbssd(0, 4, 6);
-      _tile_loadd(7, codes + 512, 64);
-      _tile_dpbssd(1, 4, 7);
-      _tile_stored(0, sum[0], 64);
-      _tile_stored(1, sum[1], 64);
-    } else {
-      _tile_zero(2);
-      _tile_zero(3);
-      _tile_loadd(5, group_x, kGroupSize);
-      _tile_loadd(6, codes, 64);
-      _tile_dpbssd(2, 5, 6);
-      _tile_loadd(7, codes + 512, 64);
-      _tile_dpbssd(3, 5, 7);
-      _tile_stored(2, sum[0], 64);
-      _tile_stored(3, sum[1], 64);
-    }
+    _tile_zero(0);
+    _tile_zero(1);
+    multiply_tiles<true, 1, 2>(group_x, nullptr, kGroupSize, codes, codes + 512, 64);
+    _tile_stored(0, sum[0], 64);
+    _tile_stored(1, sum[1], 64);
   }
   for (int h = 0; h < kHalves; ++h) {
     __m512 y[16];
@@ -176,10 +160,10 @@ void gemm_panels_tiles(const GemmQuantizedArgs& a, int64_t begin, int64_t end) {
   const int64_t panel_size = Format::kHeader + groups * Format::kBlock;
   const UnpackedPanel unpacked = UnpackedPanel::at(a.scratch, groups);
   TileConfig config;
-  for (int tile = 0; tile < 8; ++tile) {  // sums 0-3, x 4 and 5, weights 6 and 7
-    const bool x = tile == 4 || tile == 5, w = tile >= 6;
-    config.rows[tile] = w ? 8 : 16;
-    config.row_bytes[tile] = x ? kGroupSize : 64;
+  const int used[] = {0, 1, 4, 6};  // sums, x, weights
+  for (const int tile : used) {
+    config.rows[tile] = tile == 6 ? 8 : 16;
+    config.row_bytes[tile] = tile == 4 ? kGroupSize : 64;
   }
   const TileScope tiles(config);
   for (int64_t panel = begin; panel < end; ++panel) {
