@@ -137,18 +137,39 @@ class LowRank(nn.Module):
         return (self.lora_B @ self.lora_A) * self.scale
 
 
+class _Scratch:
+    """Memory that every product uses again: made and freed each time, such large pieces of changing
+    sizes would leave more and more holes between what stays."""
+
+    def __init__(self) -> None:
+        self.pieces: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        if name not in self.pieces or self.pieces[name].numel() < size:
+            self.pieces[name] = torch.empty(size, dtype=torch.uint8)
+        return self.pieces[name][:size].view(dtype).view(shape)
+
+
+_scratch = _Scratch()
+
+
 class _QuantizedProduct(torch.autograd.Function):
     """x W^T by the native GEMM; the gradient uses the matrix that W stands for."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: ops.PackedWeight) -> Tensor:
         ctx.weight = weight
-        out: Tensor = ops.linear(x.float(), weight)
-        return out.to(x.dtype)
+        rows = (len(x), weight.shape[0])
+        wide = _scratch.take("x", tuple(x.shape), torch.float32).copy_(x)
+        out: Tensor = ops.linear(wide, weight, out=_scratch.take("out", rows, torch.float32))
+        return out.to(x.dtype, copy=True)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return product(dy, torch.from_numpy(ops.unpack_weight(ctx.weight)).to(dy.dtype)), None
+        decoded = torch.from_numpy(ops.unpack_weight(ctx.weight))
+        narrow = _scratch.take("weight", tuple(decoded.shape), dy.dtype).copy_(decoded)
+        return product(dy, narrow), None
 
 
 class QuantizedLinear(nn.Module):

@@ -258,3 +258,17 @@ def test_quantized_base_trains_and_merges_into_the_dense_model(folders):
             to.copy_(source)
     after = torch.nn.functional.cross_entropy(run(dense)[:-1], torch.tensor(IDS[1:])).item()
     assert after < before / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantized_products_share_no_memory(rng, dtype):
+    layers = [torch.nn.Linear(64, rows, bias=False) for rows in (96, 32, 160)]
+    quantized = [lora.QuantizedLinear.of(layer, "int8") for layer in layers]
+    x = torch.randn((7, 64), generator=rng).to(dtype).requires_grad_()
+    results = [layer(x) for layer in quantized]
+    kept = [result.detach().clone() for result in results]
+    grads = [torch.autograd.grad(r.sum(), x, retain_graph=True)[0] for r in results]
+    copies = [grad.clone() for grad in grads]
+    again = [layer(x) for layer in quantized]
+    for one, other in zip(results + again + grads, kept + kept + copies, strict=True):
+        assert torch.equal(one, other)
