@@ -35,12 +35,14 @@ def test_measurements(library, golden, tmp_path):
     assert "- memcheck: passed: 3" in Path(outputs[1]).read_text()
 
 
-def test_kernels_on_a_library_of_the_environment(library):
+def test_kernels_on_a_library_of_the_environment(library, tmp_path):
     """The same tests by way of gpu_rt.h; what only the executor sees is skipped, not passed."""
+    # From another folder: in the checkout's, python would find the sources, which have no _C.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    command += ["tests/cuda/test_rms_norm.py", "-k", "traffic or tokens or order"]
+    command += ["-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
+    command += [str(ROOT / "tests/cuda/test_rms_norm.py"), "-k", "traffic or tokens or order"]
     environment = {**os.environ, "QN_CUDA_LIBRARY": str(library)}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
     assert "passed" in result.stdout and "counted by the executor" in result.stdout
 

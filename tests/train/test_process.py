@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 
 import pytest
+from train.tiny import environment
+
+from qwen_native import ops
 
 FAULTS = """
 import resource, sys, torch
@@ -37,8 +41,10 @@ print(torch.get_num_threads())
 def output(code: str, *arguments: str) -> int:
     # In processes of their own: what is set up holds for the rest of a process.
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
-    )
+        [sys.executable, "-c", code, *arguments],
+        env=environment(), cwd=tempfile.gettempdir(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     return int(done.stdout)
 
 
@@ -48,6 +54,10 @@ def test_freed_memory_is_used_again():
     assert output(FAULTS, "prepared") < pages / 100
 
 
+ISAS = [isa for isa in ("avx2", "amx") if isa in ops.available_isas()]
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(
     ("device", "kernels", "dtype", "ours"),
     [
