@@ -2,7 +2,6 @@
 
 #include <bit>
 
-#include "kernels/cuda/library.h"
 #include "ops/check.h"
 #include "ops/gpu.h"
 
@@ -11,12 +10,8 @@ namespace {
 
 using qn::cuda::Device;
 using qn::cuda::KvPages;
-using qn::cuda::Launchers;
 
 const Device& device_of(const Gpu& gpu) { return static_cast<const Device&>(gpu); }
-const Launchers& launchers(const ExecContext& context) {
-  return device_of(*context.gpu).launchers();
-}
 
 KvPages pages_of(const KvLayer& layer) {
   return {layer.base,
@@ -61,42 +56,23 @@ void draw_tokens(const TensorView& token, const TensorView& log_prob, const Tens
                                   inputs.temperature,  inputs.top_p,         inputs.min_p,
                                   inputs.top_k,        inputs.seed,          inputs.index,
                                   logits.shape[0],     logits.shape[1],      logits.stride[0]};
-  context.gpu->check(launchers(context).sampling(&args, context.gpu->stream()), "draw tokens");
+  context.gpu->check(cuda::launchers(context).sampling(&args, context.gpu->stream()),
+                     "draw tokens");
 }
 
 namespace cuda {
 
-void rms_norm(const TensorView& out, const TensorView& x, const TensorView& weight, float eps,
-              const TensorView* residual, const ExecContext& context) {
-  RmsNormArgs args{};
-  args.out = out.data;
-  args.x = x.data;
-  args.residual = residual != nullptr ? residual->data : nullptr;
-  args.weight = weight.data;
-  args.cols = x.shape[1];
-  args.out_stride = out.stride[0];
-  args.x_stride = x.stride[0];
-  args.residual_stride = residual != nullptr ? residual->stride[0] : 0;
-  args.eps = eps;
-  args.dtype = x.dtype;
-  args.weight_dtype = weight.dtype;
-  context.gpu->check(launchers(context).rms_norm(&args, x.shape[0], context.gpu->stream()),
+const qn::cuda::Launchers& launchers(const ExecContext& context) {
+  return device_of(*context.gpu).launchers();
+}
+
+void rms_norm(const RmsNormArgs& args, int64_t rows, const ExecContext& context) {
+  context.gpu->check(launchers(context).rms_norm(&args, rows, context.gpu->stream()),
                      "run rms_norm");
 }
 
-void swiglu(const TensorView& out, const TensorView& gate, const TensorView& up,
-            const ExecContext& context) {
-  SwigluArgs args{};
-  args.out = out.data;
-  args.gate = gate.data;
-  args.up = up.data;
-  args.inter = gate.shape[1];
-  args.out_stride = out.stride[0];
-  args.gate_stride = gate.stride[0];
-  args.up_stride = up.stride[0];
-  args.dtype = gate.dtype;
-  context.gpu->check(launchers(context).swiglu(&args, gate.shape[0], context.gpu->stream()),
-                     "run swiglu");
+void swiglu(const SwigluArgs& args, int64_t tokens, const ExecContext& context) {
+  context.gpu->check(launchers(context).swiglu(&args, tokens, context.gpu->stream()), "run swiglu");
 }
 
 void gather(const TensorView& out, const TensorView& ids, const WeightView& table,

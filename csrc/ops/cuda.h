@@ -2,6 +2,7 @@
 #pragma once
 #include "kernels/args.h"
 #include "kernels/cuda/gemm_layout.h"
+#include "kernels/cuda/library.h"
 #include "ops/ops.h"
 
 namespace qn::ops::cuda {
@@ -24,10 +25,11 @@ inline const char* scales_of(const WeightView& weight) {
          code_bytes(weight.format, weight.rows, weight.cols);
 }
 
-void rms_norm(const TensorView& out, const TensorView& x, const TensorView& weight, float eps,
-              const TensorView* residual, const ExecContext& context);
-void swiglu(const TensorView& out, const TensorView& gate, const TensorView& up,
-            const ExecContext& context);
+/// Of the context's GPU.
+const qn::cuda::Launchers& launchers(const ExecContext& context);
+
+void rms_norm(const RmsNormArgs& args, int64_t rows, const ExecContext& context);
+void swiglu(const SwigluArgs& args, int64_t tokens, const ExecContext& context);
 void gather(const TensorView& out, const TensorView& ids, const WeightView& table,
             const ExecContext& context);
 void linear(const TensorView& out, const TensorView& x, std::span<const LinearSegment> segments,

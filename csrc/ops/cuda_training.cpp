@@ -1,4 +1,3 @@
-#include "kernels/cuda/library.h"
 #include "ops/check.h"
 #include "ops/cuda.h"
 
@@ -6,10 +5,6 @@ namespace qn::ops::cuda {
 namespace {
 
 using qn::cuda::DocumentAttentionArgs;
-
-const qn::cuda::Launchers& launchers(const ExecContext& context) {
-  return static_cast<const qn::cuda::Device&>(*context.gpu).launchers();
-}
 
 /// Returns the elements between tokens.
 int64_t check_heads(const char* op, const char* name, const TensorView& tensor) {

@@ -21,7 +21,6 @@ void rms_norm(const TensorView& out, const TensorView& x, const TensorView& weig
     check_same_shape(kOp, "residual", *residual, "x", x);
     check_dense_rows(kOp, "residual", *residual);
   }
-  if (context.gpu != nullptr) return cuda::rms_norm(out, x, weight, eps, residual, context);
   RmsNormArgs args{};
   args.out = out.data;
   args.x = x.data;
@@ -34,6 +33,7 @@ void rms_norm(const TensorView& out, const TensorView& x, const TensorView& weig
   args.eps = eps;
   args.dtype = x.dtype;
   args.weight_dtype = weight.dtype;
+  if (context.gpu != nullptr) return cuda::rms_norm(args, x.shape[0], context);
   const auto kernel = cpu::active_cpu_kernels().rms_norm;
   constexpr int64_t kRowsPerChunk = 8;
   context.pool.parallel_for(x.shape[0], kRowsPerChunk,

@@ -14,7 +14,6 @@ void swiglu(const TensorView& out, const TensorView& gate, const TensorView& up,
   check_dense_rows("swiglu", "gate", gate);
   check_dense_rows("swiglu", "up", up);
   check_dense_rows("swiglu", "out", out);
-  if (context.gpu != nullptr) return cuda::swiglu(out, gate, up, context);
   SwigluArgs args{};
   args.out = out.data;
   args.gate = gate.data;
@@ -24,6 +23,7 @@ void swiglu(const TensorView& out, const TensorView& gate, const TensorView& up,
   args.gate_stride = gate.stride[0];
   args.up_stride = up.stride[0];
   args.dtype = gate.dtype;
+  if (context.gpu != nullptr) return cuda::swiglu(args, gate.shape[0], context);
   const int64_t blocks_per_row = (args.inter + kSwigluBlock - 1) / kSwigluBlock;
   const auto kernel = cpu::active_cpu_kernels().swiglu;
   constexpr int64_t kBlocksPerChunk = 4;

@@ -59,10 +59,9 @@ class TileScope {
 };
 
 /// C (tile 2 i + j) += A_i (tile 4) B_j (tile 6) for i < M, j < N: one step of a block of up to 2 x
-/// 2 tiles. A core has few tile registers beyond the eight that are named, and two hyperthreads
-/// share them: beside a busy neighbour, a product waits for the one before it once all eight hold
-/// something. So A_0 is loaded a second time rather than kept, which costs nothing where there is
-/// no neighbour and makes the step 1.5 times as fast where there is one.
+/// 2 tiles. A_0 is loaded a second time rather than kept: with six of the eight tile registers in
+/// use a step costs the same in quiet minutes and two thirds beside busy neighbours, which
+/// presumably take a share of the core's physical registers.
 template <bool kInt8, int M, int N>
 inline __attribute__((always_inline)) void multiply_tiles(const void* a0, const void* a1,
                                                           int64_t a_stride, const void* b0,
