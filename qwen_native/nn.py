@@ -315,7 +315,7 @@ class Qwen(_Named):
         """
         dropout = self.dropout if self.training else 0.0
         layout = Layout.of(self.config, positions, cu_seqlens, not self.training, dropout)
-        x = F.dropout(self.embedding(tokens), dropout)
+        x = F.dropout(self._embed(tokens, with_loss=targets is not None), dropout)
         for layer in self.layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x = recompute(layer, x, layout, use_reentrant=False)
@@ -327,6 +327,16 @@ class Qwen(_Named):
             return hidden
         loss: Tensor = self.kernels.linear_cross_entropy(hidden, self.head_weight, targets)
         return loss
+
+    def _embed(self, tokens: Tensor, with_loss: bool) -> Tensor:
+        """The tokens' embeddings, [tokens, hidden]."""
+        # The loss's gradient of a tied matrix is dense, and autograd adds a sparse one to it in
+        # place: no second matrix of the vocabulary's size.
+        tied = with_loss and self.config.tie_word_embeddings
+        if tied and type(self.embedding) is nn.Embedding and not torch.compiler.is_compiling():
+            return F.embedding(tokens, self.embedding.weight, sparse=True)
+        embeddings: Tensor = self.embedding(tokens)
+        return embeddings
 
     @classmethod
     def load(
