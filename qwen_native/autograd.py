@@ -34,7 +34,7 @@ def _rows(x: Tensor) -> Tensor:
 @torch.library.custom_op("qwen_native::rms_norm", mutates_args=())
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out: Tensor = ops.rms_norm(_rows(x), weight, eps)
-    return out.view(x.shape)
+    return out if x.ndim == 2 else out.view(x.shape)  # as in _linear
 
 
 @_rms_norm.register_fake

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
+import tiny_training
 import torch
 from gradients import assert_gradients, gradients
 from tolerance import assert_contraction
@@ -149,21 +150,31 @@ def test_operator_registration(name):
     torch.library.opcheck(getattr(torch.ops.qwen_native, op.name).default, (*inputs, *rest))
 
 
-def test_compile_traces_through_the_ops():
-    ops = cases(torch.float32)
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_compile_traces_through_the_whole_model():
+    """Two generations, which together use all ops but one, without a break in the graph."""
+    tokens = torch.arange(20) * 7
+    positions = torch.cat([torch.arange(8), torch.arange(12)])
+    ends = torch.tensor([0, 8, 20], dtype=torch.int32)
+    qwen3 = {"architecture": "qwen3", "qk_norm": True, "qkv_bias": False}
+    for changes in ({}, qwen3):
+        model = tiny_training.model(**changes, kernels="native")
+        parameters = list(model.parameters())
+        rest = (tokens, positions, ends, tokens.roll(-1))
+        expected = torch.autograd.grad(model(*rest), parameters)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        grads = torch.autograd.grad(compiled(*rest), parameters)
+        for grad, plain in zip(grads, expected, strict=True):
+            torch.testing.assert_close(grad, plain)
 
-    def model(x: Tensor, residual: Tensor, norm: Tensor, head: Tensor) -> Tensor:
-        out, total = autograd.add_rms_norm(x, residual, norm, 1e-5)
-        mixed = autograd.swiglu(out, autograd.rms_norm(total, norm, 1e-5))
-        mixed = autograd.rope(mixed.unflatten(1, (4, 10)), *angles(9, 5)).flatten(1)
-        targets = torch.arange(9)
-        loss = autograd.linear_cross_entropy(mixed, head, targets)
-        return loss - autograd.linear_log_prob(mixed, head, targets).sum()
 
-    inputs = (*ops["add_rms_norm"].inputs, torch.randn(30, 40))
-    expected = gradients(model, inputs, torch.tensor(1.0))
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for grad, plain in zip(gradients(compiled, inputs, torch.tensor(1.0)), expected, strict=True):
+def test_compile_traces_through_log_probabilities():
+    op = cases(torch.float32)["linear_log_prob"]
+    call = op.call(autograd)
+    dout = douts_of(call(*op.inputs))
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    grads = gradients(compiled, op.inputs, dout)
+    for grad, plain in zip(grads, gradients(call, op.inputs, dout), strict=True):
         torch.testing.assert_close(grad, plain)
 
 

@@ -22,8 +22,10 @@ from qwen_native.train.preference import ChatEncoder
 MODEL = ModelOptions(path="unused", precision="fp32")
 
 
-def model(seed: int = 0, *, spread: float = 1.0, **changes: Any) -> Qwen:
-    """A random model; `spread` scales its embedding, which bounds what adapters can say."""
+def model(
+    seed: int = 0, *, spread: float = 1.0, kernels: str = "reference", **changes: Any
+) -> Qwen:
+    """A random model; `spread` scales its head, which bounds what adapters can say."""
     torch.manual_seed(seed)
     shape: dict[str, Any] = {
         "architecture": "qwen2", "hidden_size": 48, "intermediate_size": 96, "num_layers": 2,
@@ -33,9 +35,9 @@ def model(seed: int = 0, *, spread: float = 1.0, **changes: Any) -> Qwen:
         "qk_norm": False, "sliding_window": None, "max_window_layers": 2, "yarn": None,
         "use_dynamic_ntk": False, "use_logn_attn": False, "seq_length": 0,
     }  # fmt: skip
-    made = Qwen(ModelConfig(**shape | changes))
+    made = Qwen(ModelConfig(**shape | changes), kernels)
     with torch.no_grad():
-        made.embedding.weight.mul_(spread)
+        made.head_weight.mul_(spread)
     return made
 
 
@@ -60,3 +62,17 @@ def run_options(folder: Path, steps: int, batch_size: int, **changes: Any) -> Ru
 def metrics_of(folder: Path, name: str) -> list[float]:
     """One value of all steps."""
     return [line[name] for line in read_metrics(folder / "metrics.jsonl") if name in line]
+
+
+def wide_model() -> Qwen:
+    """A random model with a head of its own, in whose directions adapters can say anything.
+
+    A hidden state of length sqrt(48) along a row of the head changes its logit by 2 to 3 standard
+    deviations of the present ones.
+    """
+    return model(spread=16.0, tie_word_embeddings=False)
+
+
+def on_one_side() -> torch.Tensor:
+    """[vocab] bool: the tokens on one side of a plane through `wide_model`'s head, about half."""
+    return wide_model().head_weight[:, 0] > 0

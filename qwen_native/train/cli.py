@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "pretrain": ("pretrain", "train on text, from scratch or further"),
-    "sft": ("sft", "fine-tune on conversations, all parameters"),
+    "sft": ("sft", "fine-tune on conversations, all parameters or adapters"),
     "reward": ("reward", "train a reward model on preference pairs"),
     "dpo": ("dpo", "train a model on preference pairs directly"),
     "ppo": ("ppo", "reinforcement learning with a reward model and a critic"),

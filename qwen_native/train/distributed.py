@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -64,7 +65,10 @@ class World:
 
 @contextmanager
 def world() -> Iterator[World]:
-    """Join the processes that torchrun started: NCCL on GPUs, gloo on CPUs; or be alone."""
+    """Join the processes that torchrun started: NCCL on GPUs, gloo on CPUs; or be alone.
+
+    A process group that is there already is used and stays.
+    """
     on_gpu = torch.cuda.is_available()
     if "WORLD_SIZE" not in os.environ:
         yield World(0, 1, torch.device("cuda" if on_gpu else "cpu"), distributed=False)
@@ -73,14 +77,17 @@ def world() -> Iterator[World]:
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    joined = dist.is_initialized()
+    if not joined:
+        dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
         yield World(dist.get_rank(), dist.get_world_size(), device, distributed=True)
     finally:
-        dist.destroy_process_group()
+        if not joined:
+            dist.destroy_process_group()
 
 
-def whole_state(model: Qwen, world: World) -> dict[str, torch.Tensor]:
+def whole_state(model: nn.Module, world: World) -> dict[str, torch.Tensor]:
     """All parameters gathered on the main process; the others get nothing."""
     if not world.distributed:
         return dict(model.state_dict())
@@ -89,14 +96,15 @@ def whole_state(model: Qwen, world: World) -> dict[str, torch.Tensor]:
     return state
 
 
-def shard(model: Qwen, state: dict[str, torch.Tensor], world: World, precision: str) -> None:
+def shard(model: nn.Module, state: dict[str, torch.Tensor], world: World, precision: str) -> None:
     """Spread a model over the processes (FSDP2) and fill it with the main process's `state`.
 
     Parameters stay float32; with precision "bf16" each layer computes with a rounded copy that
-    lives only while it is needed, and gradients are summed in float32.
+    lives only while it is needed, and gradients are summed in float32. Parameters outside of a
+    `Qwen`, such as the head of a reward model, are never rounded.
 
     Args:
-        model: on the meta device.
+        model: on the meta device; a `Qwen`, or a module that holds one or more.
         state: all parameters on the main process, nothing on the others.
         world: the processes.
         precision: "bf16" or "fp32".
@@ -106,9 +114,13 @@ def shard(model: Qwen, state: dict[str, torch.Tensor], world: World, precision: 
     policy = MixedPrecisionPolicy(
         param_dtype=narrow, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for trunk in [module for module in model.modules() if isinstance(module, Qwen)]:
+        for layer in trunk.layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(trunk, mesh=mesh, mp_policy=policy)
+    if any(True for _ in model.parameters(recurse=False)):
+        wide = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        fully_shard(model, mesh=mesh, mp_policy=wide)
     model.to_empty(device=world.device)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, dict(state), options=options)

@@ -31,7 +31,7 @@ from qwen_native.train.preference import (
 from qwen_native.train.session import Plan, parse, run, section
 
 EXAMPLES = """
-  qwen-native train dpo recipes/dpo_small.yaml
+  qwen-native train dpo recipes/dpo_demo_lora.yaml
   qwen-native train dpo recipes/dpo_demo_lora.yaml data.files=pairs.jsonl dpo.beta=0.05
   qwen-native train merge runs/dpo/model demo merged"""
 
@@ -80,13 +80,14 @@ class DpoModel(nn.Module):
 
     def pair_losses(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         """Loss and margin of each pair, [pairs]."""
-        chosen, rejected = answer_log_probs(self.policy, samples).reshape(-1, 2).unbind(1)
+        # First of all: FSDP expects a model's last forward pass to be the one of its backward pass.
         with torch.no_grad():
             if self.reference is not None:
                 held = answer_log_probs(self.reference, samples)
             else:
                 with active_adapter(self.policy, None):
                     held = answer_log_probs(self.policy, samples)
+        chosen, rejected = answer_log_probs(self.policy, samples).reshape(-1, 2).unbind(1)
         held_chosen, held_rejected = held.reshape(-1, 2).unbind(1)
         return dpo_loss(chosen, rejected, held_chosen, held_rejected, self.beta)
 

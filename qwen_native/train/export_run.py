@@ -62,4 +62,4 @@ def export_checkpoint(run: Path, out: Path, step: int | None) -> None:
     # What the optimiser trains are the float32 masters.
     tensors = {f"p.{name}": parameter.detach() for name, parameter in model.named_parameters()}
     load_checkpoint(path, tensors, alone)
-    export(model, out, files, options.precision, alone)
+    export(model, out, files, options.precision)

@@ -35,7 +35,7 @@ from qwen_native.train.rl import (
 from qwen_native.train.session import parse, section
 
 EXAMPLES = """
-  qwen-native train grpo recipes/grpo_small.yaml
+  qwen-native train grpo recipes/grpo_demo_lora.yaml
   qwen-native train grpo recipes/grpo_demo_lora.yaml data.files=gsm8k.jsonl reward.verifier=number
   qwen-native train grpo recipes/grpo_demo_lora.yaml reward.verifier=check.py:score rollout.n=4"""
 

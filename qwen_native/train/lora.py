@@ -359,8 +359,17 @@ def train_embeddings(model: Qwen) -> None:
 
 
 def prepare(model: Qwen, options: LoraOptions, say: Callable[[str], None]) -> None:
-    """Freeze and, if asked for, quantise the model, and add the adapter that is trained."""
+    """Freeze and, if asked for, quantise the model, and add the adapter that is trained.
+
+    Raises:
+        ValueError: a quantised base is asked for under torchrun.
+    """
     if options.quantize is not None:
+        if torch.distributed.is_initialized():
+            raise ValueError(
+                f"lora.quantize is {options.quantize}, which is trained on one process, but "
+                "torchrun started it; expected null"
+            )
         quantize_base(model, options.quantize)
     add_adapter(model, options)
     whole = options.embeddings == "train"

@@ -54,10 +54,10 @@ from qwen_native.train.session import parse, section
 from qwen_native.train.shards import Shards
 
 EXAMPLES = """
-  qwen-native train ppo recipes/ppo_small.yaml
+  qwen-native train ppo recipes/ppo_demo_lora.yaml
   qwen-native train ppo recipes/ppo_7b.yaml reward.model=runs/reward/model
   qwen-native train ppo recipes/ppo_demo_lora.yaml reward.verifier=check.py:score
-  qwen-native train ppo recipes/ppo_small.yaml --resume"""
+  qwen-native train ppo recipes/ppo_demo_lora.yaml --resume"""
 
 CRITIC = "critic"  # the adapter of the value head in the memory-lean mode
 

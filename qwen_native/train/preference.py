@@ -214,9 +214,14 @@ class PairTrainer(Trainer):
         return self._pair_losses(samples)[0].sum()
 
     def _pair_losses(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+        """Loss and margin of each pair; empty, but with gradients, when there are no samples.
+
+        A process whose share is smaller has to take part in the exchanges all the same.
+        """
         model: Any = self.model
         assert isinstance(model, PairModel)
-        return model.pair_losses(samples)
+        losses, margins = model.pair_losses(samples or [pair_sample([0], [0], [0])])
+        return (losses, margins) if samples else (losses[:0], margins[:0])
 
     @torch.no_grad()
     def _evaluate(self) -> None:
@@ -224,10 +229,12 @@ class PairTrainer(Trainer):
         if not samples:
             return
         self.model.eval()
-        groups = micro_batches(samples, self.micro_batch_tokens)[0]
+        groups = micro_batches(samples, self.micro_batch_tokens, self.world.size)[self.world.rank]
         parts = [self._pair_losses(group) for group in groups]
         self.model.train()
-        losses, margins = (torch.cat(values) for values in zip(*parts, strict=True))
+        mine = [torch.cat(values).tolist() for values in zip(*parts, strict=True)]
+        everyone = self.world.gather(mine)
+        losses, margins = (torch.tensor([v for m in everyone for v in m[i]]) for i in (0, 1))
         accuracy, margin = float((margins > 0).float().mean()), float(margins.mean())
         self.metrics.evaluation(
             self.progress.step, float(losses.mean()), accuracy=accuracy, margin=margin

@@ -22,7 +22,7 @@ from qwen_native.train.scalar import ScalarModel, load_head
 from qwen_native.train.session import Plan, parse, run
 
 EXAMPLES = """
-  qwen-native train reward recipes/reward_small.yaml
+  qwen-native train reward recipes/reward_demo.yaml
   qwen-native train reward recipes/reward_7b.yaml run.folder=runs/pmp data.files=noisy.jsonl
   qwen-native train reward recipes/reward_7b.yaml model.path=runs/pmp/model data.files=ours.jsonl"""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -16,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
-from qwen_native.checkpoint import open_checkpoint
+from qwen_native.checkpoint import Checkpoint, open_checkpoint
 from qwen_native.config import ModelConfig
 from qwen_native.export import save_folder
 from qwen_native.hub import resolve_model
@@ -75,7 +76,10 @@ class Plan:
     context: int
 
 
-Planner = Callable[[C, Tokenizer, World, Callable[[str], None]], Plan]
+Say = Callable[[str], None]
+Planner = Callable[[C, Tokenizer, World, Say], Plan]
+Prepare = Callable[[C, Qwen, Say], nn.Module]
+Save = Callable[[C, nn.Module, Path], None]
 
 
 def parse(
@@ -134,14 +138,19 @@ def section(kind: type[Any]) -> type[Any]:
     return kind
 
 
+def whole_model(config: Config, model: Qwen, say: Say) -> nn.Module:
+    """What is trained where nothing is added to the model: all of it."""
+    return model
+
+
 def run(
     config: C,
     options: argparse.Namespace,
     plan: Planner[C],
     *,
-    prepare: Callable[[C, Qwen, Callable[[str], None]], nn.Module] | None = None,
+    prepare: Prepare[C] = whole_model,
     trainer: type[Trainer] = Trainer,
-    save: Callable[[C, nn.Module, Path], None] | None = None,
+    save: Save[C] | None = None,
 ) -> int:
     """Train as configured, from the data to the exported model in `run.folder`/model.
 
@@ -149,7 +158,8 @@ def run(
         config: the recipe.
         options: of the command line.
         plan: reads the data.
-        prepare: makes of the model what is trained, on one process; default: the model itself.
+        prepare: makes of the model what is trained: parameters that are added or frozen. Under
+            torchrun it is called for a model on the meta device, too.
         trainer: what trains it.
         save: writes the result into a folder; default: as a Hugging Face folder.
     """
@@ -162,22 +172,21 @@ def run(
         torch.manual_seed(config.run.seed)
         tokenizer, files = open_tokenizer(config.model, folder, processes)
         planned = plan(config, tokenizer, processes, metrics.say)
-        model = open_model(config.model, tokenizer, planned.context, processes)
+        design = Design.of(config.model, tokenizer, planned.context, processes.device)
+        made = functools.partial(prepare, config)
+        if processes.distributed:
+            trained = design.sharded(made, metrics.say, processes)
+        else:
+            trained = made(design.whole(), metrics.say).to(processes.device)
         limit = config.run.micro_batch_tokens or planned.context
-        flops = model_flops(model, planned.context)
-        trained: nn.Module = model
-        if prepare is not None:
-            if processes.distributed:
-                raise ValueError("this training runs on one process, but torchrun started it")
-            trained = prepare(config, model, metrics.say)
         estimate(
             trained,
-            model.config,
+            design.config,
             config,
             planned.steps,
             planned.context,
             limit,
-            flops,
+            model_flops(design.empty(), planned.context),
             processes,
             metrics,
         )
@@ -196,10 +205,15 @@ def run(
         else:
             metrics.restart()
         loop.train()
-        if save is None:
-            export(model, folder / "model", files, config.model.precision, processes)
-        else:
-            save(config, trained, folder / "model")
+        state = whole_state(trained, processes) if processes.distributed else {}
+        if processes.is_main and not (folder / "model").exists():
+            result = design.filled(made, state) if processes.distributed else trained
+            if save is not None:
+                save(config, result, folder / "model")
+            else:
+                assert isinstance(result, Qwen)
+                export(result, folder / "model", files, config.model.precision)
+        processes.barrier()
         metrics.say(f"done: the model is in {folder / 'model'}")
     return 0
 
@@ -231,39 +245,106 @@ def _path(options: ModelOptions) -> str | None:
     return None if options.path == "demo" else options.path
 
 
-def open_model(options: ModelOptions, tokenizer: Tokenizer, context: int, processes: World) -> Qwen:
-    """Load or make the model, in its precision, on its device, sharded under torchrun."""
-    if processes.device.type != "cpu" and options.kernels == "native":
-        raise ValueError(
-            f"model.kernels is native, which computes on the CPU, but the run is on "
-            f"{processes.device}; expected reference"
-        )
-    prepare_process(processes.device, options.kernels, _DTYPES[options.precision])
-    checkpoint = None if options.shape else open_checkpoint(resolve_model(_path(options)))
-    shape = checkpoint.config if checkpoint else new_config(options, tokenizer, context)
-    if tokenizer.vocab_size > shape.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.vocab_size} ids, the model only {shape.vocab_size}"
-        )
+@dataclass(frozen=True)
+class Design:
+    """A model that can be made: of a checkpoint, or a new one.
 
-    def whole(dtype: torch.dtype) -> Qwen:
-        if checkpoint is not None:
-            return Qwen.load(checkpoint.path, dtype, options.kernels)
-        return Qwen(shape, options.kernels).to(dtype)
+    Attributes:
+        options: of the recipe.
+        config: its shape.
+        checkpoint: where its parameters come from; None for random ones.
+    """
 
-    if processes.distributed:
-        # Sharded parameters stay float32; FSDP rounds them for the computation. Only the main
-        # process ever holds the whole model.
-        state = whole(torch.float32).state_dict() if processes.is_main else {}
+    options: ModelOptions
+    config: ModelConfig
+    checkpoint: Checkpoint | None
+
+    @classmethod
+    def of(
+        cls, options: ModelOptions, tokenizer: Tokenizer, context: int, device: torch.device
+    ) -> Design:
+        """Check that the model can be trained here, and set the process up for it.
+
+        Args:
+            options: of the recipe.
+            tokenizer: of the data.
+            context: tokens of the longest sample.
+            device: where the model will be.
+
+        Raises:
+            ValueError: the kernels do not run on the device, or the vocabulary is too small.
+        """
+        if device.type != "cpu" and options.kernels == "native":
+            raise ValueError(
+                f"model.kernels is native, which computes on the CPU, but the run is on "
+                f"{device}; expected reference"
+            )
+        prepare_process(device, options.kernels, _DTYPES[options.precision])
+        checkpoint = None if options.shape else open_checkpoint(resolve_model(_path(options)))
+        config = checkpoint.config if checkpoint else new_config(options, tokenizer, context)
+        if tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}"
+            )
+        return cls(options, config, checkpoint)
+
+    def whole(self, dtype: torch.dtype | None = None) -> Qwen:
+        """The model on the CPU, by default in the recipe's precision."""
+        dtype = dtype or _DTYPES[self.options.precision]
+        if self.checkpoint is not None:
+            model = Qwen.load(self.checkpoint.path, dtype, self.options.kernels)
+        else:
+            model = Qwen(self.config, self.options.kernels).to(dtype)
+        return self._set(model)
+
+    def empty(self, dtype: torch.dtype | None = None) -> Qwen:
+        """The same on the meta device, without parameters' values."""
         with torch.device("meta"):
-            model = Qwen(shape, options.kernels)
-        model.source = checkpoint
-        shard(model, state, processes, options.precision)
-    else:
-        model = whole(_DTYPES[options.precision]).to(processes.device)
-    model.activation_checkpointing = options.activation_checkpointing
-    model.dropout = options.dropout
-    return model
+            model = Qwen(self.config, self.options.kernels)
+        model.source = self.checkpoint
+        return self._set(model.to(dtype or _DTYPES[self.options.precision]))
+
+    def _set(self, model: Qwen) -> Qwen:
+        model.activation_checkpointing = self.options.activation_checkpointing
+        model.dropout = self.options.dropout
+        return model
+
+    def sharded(
+        self, prepare: Callable[[Qwen, Say], nn.Module], say: Say, processes: World
+    ) -> nn.Module:
+        """What `prepare` makes of the model, spread over the processes.
+
+        Only the main process ever holds the whole model. Sharded parameters stay float32; FSDP
+        rounds them for the computation.
+        """
+        state = {}
+        if processes.is_main:
+            state = dict(prepare(self.whole(torch.float32), say).state_dict())
+        model = self._prepared_empty(prepare, torch.float32)
+        shard(model, state, processes, self.options.precision)
+        return model
+
+    def filled(
+        self, prepare: Callable[[Qwen, Say], nn.Module], state: dict[str, torch.Tensor]
+    ) -> nn.Module:
+        """What `prepare` makes of the model with the parameters of a state, in the precision."""
+        model = self._prepared_empty(prepare, _DTYPES[self.options.precision])
+        dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        rounded = {name: tensor.to(dtypes[name]) for name, tensor in state.items()}
+        model.load_state_dict(rounded, assign=True)
+        return model
+
+    def _prepared_empty(
+        self, prepare: Callable[[Qwen, Say], nn.Module], dtype: torch.dtype
+    ) -> nn.Module:
+        with torch.device("meta"):
+            return prepare(self.empty(dtype), lambda text: None)
+
+
+def open_model(options: ModelOptions, tokenizer: Tokenizer, context: int, processes: World) -> Qwen:
+    """Load or make the model, in its precision, on its device, for one process."""
+    design = Design.of(options, tokenizer, context, processes.device)
+    return design.whole().to(processes.device)
 
 
 def new_config(options: ModelOptions, tokenizer: Tokenizer, context: int) -> ModelConfig:
@@ -346,7 +427,7 @@ def estimate(
         f"{(state + activations) / 1e9:.2f} GB: {state / 1e9:.2f} for parameters"
         f"{' and their float32 copies' if narrow else ''}, gradients and optimiser, "
         f"{activations / 1e9:.2f} for activations\n"
-        f"{steps} steps, at most {tokens / 1e6:,.1f} M tokens; about {_duration(hours)} at "
+        f"{steps} steps, at most {_count(tokens)} tokens; about {_duration(hours)} at "
         f"{100 * _TYPICAL_PEAK_SHARE:.0f} % of the matrix peak ({peak / 1e9:,.0f} GFLOP/s)"
     )
     free = available_memory()
@@ -357,18 +438,17 @@ def estimate(
         )
 
 
+def _count(tokens: int) -> str:
+    return f"{tokens / 1e6:,.1f} M" if tokens >= 1e6 else f"{tokens:,}"
+
+
 def _duration(hours: float) -> str:
     if hours >= 48:
         return f"{hours / 24:,.0f} days"
     return f"{hours:.1f} hours" if hours >= 1 else f"{math.ceil(hours * 60)} minutes"
 
 
-def export(
-    model: Qwen, folder: Path, tokenizer: Path | None, precision: str, processes: World
-) -> None:
+def export(model: Qwen, folder: Path, tokenizer: Path | None, precision: str) -> None:
     """Write the trained model as a Hugging Face folder, in its precision."""
-    state = whole_state(model, processes)
-    if processes.is_main and not folder.exists():
-        rounded = {name: tensor.to(_DTYPES[precision]) for name, tensor in state.items()}
-        save_folder(folder, model.config, rounded, model.source, tokenizer)
-    processes.barrier()
+    state = {name: tensor.to(_DTYPES[precision]) for name, tensor in model.state_dict().items()}
+    save_folder(folder, model.config, state, model.source, tokenizer)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_training as tiny
 import torch
+from safetensors.torch import load_file
+from train.tiny import environment
 
 from qwen_native import LLM
 from qwen_native.nn import Qwen
@@ -51,6 +57,70 @@ def train(place, command, data, run, *overrides):
     ]  # fmt: skip
     assert main([command, *arguments]) == 0
     return place / run
+
+
+SEVERAL = """
+import json, sys
+import torch.distributed as dist
+from qwen_native.train.cli import main
+dist.init_process_group("gloo")
+for arguments in json.loads(sys.argv[1]):
+    main(arguments)
+dist.destroy_process_group()
+"""
+
+
+def test_several_processes_follow_one(place, tmp_path):
+    """Reward model, DPO and adapters; shares are uneven, so that some processes have nothing."""
+    chats = f"data.files={place / 'chats.jsonl'}"
+    pairs = [f"data.{name}={place / 'pairs.jsonl'}" for name in ("files", "validation_files")]
+    runs = {
+        "reward": ["reward", *pairs],
+        "reward_bf16": ["reward", *pairs, "model.precision=bf16"],
+        "dpo": ["dpo", *pairs],
+        "dpo_lora": ["dpo", *pairs, *LORA],
+        "sft_lora": ["sft", chats, "data.pack=false", *LORA],
+    }
+
+    def arguments(where, name):
+        command, *overrides = runs[name]
+        return [
+            command, f"model.path={place / 'base'}", "model.precision=fp32", "data.context=256",
+            "optim.learning_rate=1e-3", "run.steps=4", "run.batch_size=3",
+            "run.micro_batch_tokens=1", f"run.folder={where / name}", *overrides,
+        ]  # fmt: skip
+
+    script = tmp_path / "several.py"
+    script.write_text(SEVERAL)
+    many, one = tmp_path / "many", tmp_path / "one"
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            str(script), json.dumps([arguments(many, name) for name in runs]),
+        ],
+        env=environment(), cwd=tempfile.gettempdir(), capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for name in runs:
+        assert main(arguments(one, name)) == 0
+        # Sums in another order differ in roundings, of 8 bits in bf16, which Adam amplifies.
+        tolerance = {"rtol": 2e-2} if name.endswith("bf16") else {"rtol": 1e-4}
+        for value in ("loss", "gradient_norm", "validation_loss", "validation_margin"):
+            ours, theirs = (tiny.metrics_of(where / name, value) for where in (many, one))
+            np.testing.assert_allclose(ours, theirs, err_msg=f"{name} {value}", **tolerance)
+        assert len(tiny.metrics_of(one / name, "loss")) == 4
+        for file in sorted((one / name / "model").glob("*.safetensors")):
+            saved = load_file(many / name / "model" / file.name)
+            for key, expected in load_file(file).items():
+                assert saved[key].dtype == expected.dtype
+                torch.testing.assert_close(saved[key], expected, rtol=2e-2, atol=3e-3)
+
+
+def test_what_runs_on_one_process_says_so(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="reinforcement learning runs on one process, but torchr"):
+        train(place, "grpo", "sums", "alone", "reward.verifier=number")
 
 
 def same_base(first, second):

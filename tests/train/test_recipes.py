@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 from train.tiny import ROOT
 
 from qwen_native.nn import Qwen
-from qwen_native.train.cli import main
+from qwen_native.train.cli import COMMANDS, main
 from qwen_native.train.config import load_config
 from qwen_native.train.optim import learning_rate
 from qwen_native.train.pretrain import PretrainConfig
@@ -95,3 +96,14 @@ def test_no_recipe_has_unknown_keys_and_every_one_explains_itself():
         if path.stem.split("_")[0] in KINDS:
             load(path.stem)
     assert Path(RECIPES / "data" / "animals.jsonl").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_recipes_that_exist(command, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--help"])
+    assert exit.value.code == 0
+    shown = capsys.readouterr().out
+    assert "examples:" in shown and f"qwen-native train {command}" in shown
+    for name in re.findall(r"recipes/[\w.]+\.yaml", shown):
+        assert (ROOT / name).exists(), name
