@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -344,10 +345,18 @@ class Qwen(_Named):
         path: str | Path | None = None,
         dtype: torch.dtype = torch.float32,
         kernels: str = "reference",
+        convert: Callable[[nn.Linear], nn.Module] | None = None,
     ) -> Qwen:
         """Load a checkpoint: a folder, a .gguf file, a Hugging Face id, or None for the demo model.
 
         Quantised tensors are decoded. The model is in training mode.
+
+        Args:
+            path: of the checkpoint.
+            dtype: of the parameters.
+            kernels: as of `Qwen`.
+            convert: what takes the place of a linear layer within the transformer's layers, made as
+                soon as that layer is loaded: so the layers are never all in memory as they were.
 
         Raises:
             CheckpointError: the checkpoint is not usable.
@@ -358,16 +367,25 @@ class Qwen(_Named):
         model.to(dtype).to_empty(device="cpu")
         model.source = checkpoint
         parameters = dict(model.named_parameters())
-        filled = dict.fromkeys(parameters, 0)
+        missing = {name: parameter.shape[0] for name, parameter in parameters.items()}
         names = HF_QWEN if checkpoint.config.architecture == "qwen" else HF_QWEN2
         with torch.no_grad():
             # A fused projection comes as three sources in the order of its rows.
             for canonical, source in checkpoint.tensors.items():
                 name, _ = names.source(canonical)
-                begin, rows = filled[name], source.shape[0]
-                parameters[name][begin : begin + rows] = torch.from_numpy(_decode(source))
-                filled[name] += rows
+                parameter, rows = parameters[name], source.shape[0]
+                begin = parameter.shape[0] - missing[name]
+                parameter[begin : begin + rows] = torch.from_numpy(_decode(source))
+                missing[name] -= rows
                 checkpoint.release(source)
+                owner = name.rpartition(".")[0]
+                module = model.get_submodule(owner)
+                parts = [f"{owner}.{part}" for part, _ in module.named_parameters()]
+                if convert and isinstance(module, Linear) and not any(missing[n] for n in parts):
+                    for part in parts:
+                        del parameters[part]
+                    model.set_submodule(owner, convert(module))
+                    del module, parameter
         return model
 
     def save(self, folder: str | Path) -> None:

@@ -13,22 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from qwen_native.nn import Qwen
-from qwen_native.tokenizer import Tokenizer
 from qwen_native.train import lora
 from qwen_native.train.config import ModelOptions, OptimOptions, RunOptions, check_range
 from qwen_native.train.data import Sample
-from qwen_native.train.distributed import World
 from qwen_native.train.lora import LoraOptions, active_adapter
 from qwen_native.train.objectives import dpo_loss
 from qwen_native.train.preference import (
-    ChatEncoder,
     PairOptions,
     PairTrainer,
     answer_log_probs,
     copy_of,
-    plan_pairs,
+    plan,
 )
-from qwen_native.train.session import Plan, parse, run, section
+from qwen_native.train.session import parse, run, section
 
 EXAMPLES = """
   qwen-native train dpo recipes/dpo_demo_lora.yaml
@@ -92,14 +89,6 @@ class DpoModel(nn.Module):
         return dpo_loss(chosen, rejected, held_chosen, held_rejected, self.beta)
 
 
-def plan(
-    config: DpoConfig, tokenizer: Tokenizer, processes: World, say: Callable[[str], None]
-) -> Plan:
-    """Read the pairs."""
-    encoder = ChatEncoder.of(config.model, tokenizer)
-    return plan_pairs(config.data, config.run, encoder, say)
-
-
 def prepare(config: DpoConfig, model: Qwen, say: Callable[[str], None]) -> nn.Module:
     """Put the reference beside the policy: its own base, or a second copy of the model."""
     if config.lora is not None:
@@ -119,4 +108,7 @@ def main(argv: Sequence[str]) -> int:
     config, options = parse(
         DpoConfig, argv, "dpo", "Train a model on preference pairs directly.", EXAMPLES
     )
-    return run(config, options, plan, prepare=prepare, trainer=PairTrainer, save=save)
+    return run(
+        config, options, plan, prepare=prepare, trainer=PairTrainer, save=save,
+        convert=lora.rounding(config.lora),
+    )  # fmt: skip

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -278,7 +279,7 @@ def add_adapter(model: Qwen, config: LoraConfig, name: str = POLICY) -> None:
 def quantize_base(model: Qwen, format: str) -> None:
     """Replace the linear layers within the transformer's layers by rounded, frozen ones (QLoRA).
 
-    Embedding and head stay as they are.
+    Embedding and head stay as they are, and so does what has been rounded already.
 
     Raises:
         ValueError: the format is not "int4" or "int8", or the model has adapters already.
@@ -287,9 +288,18 @@ def quantize_base(model: Qwen, format: str) -> None:
         raise ValueError(f"format is {format!r}, expected one of {', '.join(QUANTIZED_FORMATS)}")
     model.requires_grad_(False)
     for name, module in _linears(model):
+        if isinstance(module, QuantizedLinear):
+            continue
         if not isinstance(module, nn.Linear):
             raise ValueError(f"{name} is a {type(module).__name__}, expected a plain linear layer")
         _replace(model, name, QuantizedLinear.of(module, format))
+
+
+def rounding(options: LoraOptions | None) -> Callable[[nn.Linear], nn.Module] | None:
+    """What a model's linear layers become while it is loaded, see `Qwen.load`; None: nothing."""
+    if options is None or options.quantize is None:
+        return None
+    return functools.partial(QuantizedLinear.of, format=options.quantize)
 
 
 def _linears(model: Qwen) -> list[tuple[str, Any]]:

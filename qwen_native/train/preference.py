@@ -18,10 +18,11 @@ from qwen_native.checkpoint import open_checkpoint
 from qwen_native.hub import resolve_model
 from qwen_native.nn import KERNELS, Qwen
 from qwen_native.tokenizer import Tokenizer
-from qwen_native.train.config import ModelOptions, RunOptions, check_range
+from qwen_native.train.config import ModelOptions, check_range
 from qwen_native.train.data import IGNORE, Batch, Sample, micro_batches
+from qwen_native.train.distributed import World
 from qwen_native.train.records import Pair, Report, expand, read_pairs
-from qwen_native.train.session import Plan, section
+from qwen_native.train.session import Config, Plan, section
 from qwen_native.train.trainer import Trainer
 
 
@@ -132,10 +133,19 @@ def read_pair_samples(
     return samples
 
 
-def plan_pairs(
-    data: PairOptions, run: RunOptions, encoder: ChatEncoder, say: Callable[[str], None]
+class PairConfig(Config, Protocol):
+    """What the configurations of reward models and DPO have."""
+
+    @property
+    def data(self) -> PairOptions: ...
+
+
+def plan(
+    config: PairConfig, tokenizer: Tokenizer, processes: World, say: Callable[[str], None]
 ) -> Plan:
     """Read the pairs; steps and order of the training on them."""
+    data, run = config.data, config.run
+    encoder = ChatEncoder.of(config.model, tokenizer)
     sets = []
     for patterns in (data.files, data.validation_files):
         report = Report(strict=data.malformed == "error")

@@ -14,12 +14,10 @@ from pathlib import Path
 from torch import nn
 
 from qwen_native.nn import Qwen
-from qwen_native.tokenizer import Tokenizer
 from qwen_native.train.config import ModelOptions, OptimOptions, RunOptions
-from qwen_native.train.distributed import World
-from qwen_native.train.preference import ChatEncoder, PairOptions, PairTrainer, plan_pairs
+from qwen_native.train.preference import PairOptions, PairTrainer, plan
 from qwen_native.train.scalar import ScalarModel, load_head
-from qwen_native.train.session import Plan, parse, run
+from qwen_native.train.session import parse, run
 
 EXAMPLES = """
   qwen-native train reward recipes/reward_demo.yaml
@@ -35,14 +33,6 @@ class RewardConfig:
     data: PairOptions
     optim: OptimOptions
     run: RunOptions
-
-
-def plan(
-    config: RewardConfig, tokenizer: Tokenizer, processes: World, say: Callable[[str], None]
-) -> Plan:
-    """Read the pairs."""
-    encoder = ChatEncoder.of(config.model, tokenizer)
-    return plan_pairs(config.data, config.run, encoder, say)
 
 
 def prepare(config: RewardConfig, model: Qwen, say: Callable[[str], None]) -> nn.Module:

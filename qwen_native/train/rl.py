@@ -26,7 +26,7 @@ from qwen_native.train.checkpoint import checkpoints, load_checkpoint, save_chec
 from qwen_native.train.config import OptimOptions, RunOptions, as_dict, check_range
 from qwen_native.train.data import Sample, micro_batches
 from qwen_native.train.distributed import World
-from qwen_native.train.lora import LoraOptions, save_policy
+from qwen_native.train.lora import LoraOptions, rounding, save_policy
 from qwen_native.train.metrics import Metrics
 from qwen_native.train.optim import AdamW, learning_rate
 from qwen_native.train.preference import ChatEncoder, answer_sample, shuffled, target_log_probs
@@ -423,7 +423,8 @@ def set_up(config: RlConfig, *, resume: bool) -> Setup:
     if report.malformed:
         metrics.say(report.summary())
     metrics.say(f"{len(prompts)} queries")
-    policy = open_model(config.model, tokenizer, config.data.context, ALONE)
+    convert = rounding(config.lora)
+    policy = open_model(config.model, tokenizer, config.data.context, ALONE, convert)
     judge_model = None
     if config.reward.model is not None:
         dtype = policy.embedding.weight.dtype

@@ -151,6 +151,7 @@ def run(
     prepare: Prepare[C] = whole_model,
     trainer: type[Trainer] = Trainer,
     save: Save[C] | None = None,
+    convert: Callable[[nn.Linear], nn.Module] | None = None,
 ) -> int:
     """Train as configured, from the data to the exported model in `run.folder`/model.
 
@@ -162,6 +163,7 @@ def run(
             torchrun it is called for a model on the meta device, too.
         trainer: what trains it.
         save: writes the result into a folder; default: as a Hugging Face folder.
+        convert: of linear layers while the model is loaded, see `Qwen.load`.
     """
     with world() as processes:
         folder = Path(config.run.folder)
@@ -172,7 +174,7 @@ def run(
         torch.manual_seed(config.run.seed)
         tokenizer, files = open_tokenizer(config.model, folder, processes)
         planned = plan(config, tokenizer, processes, metrics.say)
-        design = Design.of(config.model, tokenizer, planned.context, processes.device)
+        design = Design.of(config.model, tokenizer, planned.context, processes.device, convert)
         made = functools.partial(prepare, config)
         if processes.distributed:
             trained = design.sharded(made, metrics.say, processes)
@@ -253,15 +255,22 @@ class Design:
         options: of the recipe.
         config: its shape.
         checkpoint: where its parameters come from; None for random ones.
+        convert: of linear layers while the checkpoint is loaded, see `Qwen.load`.
     """
 
     options: ModelOptions
     config: ModelConfig
     checkpoint: Checkpoint | None
+    convert: Callable[[nn.Linear], nn.Module] | None
 
     @classmethod
     def of(
-        cls, options: ModelOptions, tokenizer: Tokenizer, context: int, device: torch.device
+        cls,
+        options: ModelOptions,
+        tokenizer: Tokenizer,
+        context: int,
+        device: torch.device,
+        convert: Callable[[nn.Linear], nn.Module] | None = None,
     ) -> Design:
         """Check that the model can be trained here, and set the process up for it.
 
@@ -270,6 +279,7 @@ class Design:
             tokenizer: of the data.
             context: tokens of the longest sample.
             device: where the model will be.
+            convert: see the attribute.
 
         Raises:
             ValueError: the kernels do not run on the device, or the vocabulary is too small.
@@ -286,13 +296,13 @@ class Design:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}"
             )
-        return cls(options, config, checkpoint)
+        return cls(options, config, checkpoint, convert)
 
     def whole(self, dtype: torch.dtype | None = None) -> Qwen:
         """The model on the CPU, by default in the recipe's precision."""
         dtype = dtype or _DTYPES[self.options.precision]
         if self.checkpoint is not None:
-            model = Qwen.load(self.checkpoint.path, dtype, self.options.kernels)
+            model = Qwen.load(self.checkpoint.path, dtype, self.options.kernels, self.convert)
         else:
             model = Qwen(self.config, self.options.kernels).to(dtype)
         return self._set(model)
@@ -341,9 +351,15 @@ class Design:
             return prepare(self.empty(dtype), lambda text: None)
 
 
-def open_model(options: ModelOptions, tokenizer: Tokenizer, context: int, processes: World) -> Qwen:
-    """Load or make the model, in its precision, on its device, for one process."""
-    design = Design.of(options, tokenizer, context, processes.device)
+def open_model(
+    options: ModelOptions,
+    tokenizer: Tokenizer,
+    context: int,
+    processes: World,
+    convert: Callable[[nn.Linear], nn.Module] | None = None,
+) -> Qwen:
+    """Load or make the model, in its precision, on its device, for one process; see `Design`."""
+    design = Design.of(options, tokenizer, context, processes.device, convert)
     return design.whole().to(processes.device)
 
 

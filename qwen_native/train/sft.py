@@ -261,4 +261,5 @@ def main(argv: Sequence[str]) -> int:
     )
     if config.lora is None:
         return run(config, options, plan)
-    return run(config, options, plan, prepare=prepare, save=save)
+    convert = lora.rounding(config.lora)
+    return run(config, options, plan, prepare=prepare, save=save, convert=convert)

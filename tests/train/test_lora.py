@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -192,6 +193,28 @@ def test_quantized_gradients_are_those_of_the_unpacked_matrix(isa, format, dtype
     product = x.detach().double() @ matrix.double().T + linear.bias.double()
     assert (out.double() - product).abs().max() < 0.06
     assert not list(layer.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["qwen", "qwen2"])
+def test_rounded_while_loaded_is_rounded_afterwards(tmp_path, architecture):
+    """Also where a projection comes in three parts; no layer is kept once it is rounded."""
+    make_checkpoint(tmp_path / "model", architecture)
+    seen = []
+
+    def convert(linear):
+        assert all(weight() is None for weight in seen)
+        seen.append(weakref.ref(linear.weight))
+        return round_(linear)
+
+    round_ = lora.rounding(lora.LoraOptions(quantize="int8"))
+    model = Qwen.load(tmp_path / "model", torch.bfloat16, convert=convert)
+    assert len(seen) == model.config.num_layers * len(lora.default_targets(model))
+    lora.quantize_base(model, "int8")  # nothing is left to do
+    other = Qwen.load(tmp_path / "model", torch.bfloat16)
+    lora.quantize_base(other, "int8")
+    with torch.no_grad():
+        assert torch.equal(run(model), run(other))
+    assert lora.rounding(None) is lora.rounding(lora.LoraOptions()) is None
 
 
 def test_adapters_share_a_base(folders):
