@@ -14,8 +14,9 @@ def prepare_process(device: torch.device, kernels: str, dtype: torch.dtype) -> N
 
     Freed memory stays with the process (every step needs the same again), on huge pages. And where
     our kernels do all the products (bfloat16 at the level "amx"), torch gets one thread: its pool's
-    threads would go on spinning beside those of ours after each of its small operations. A system that
-    does not let its memory be kept has slower steps, nothing else.
+    threads would go on spinning beside those of ours after each of its small operations.
+
+    A system that does not let its memory be kept has slower steps, nothing else.
 
     Args:
         device: where the model is.
