@@ -549,9 +549,12 @@ def _linear_cross_entropy_backward(
     if grad is None:
         return (None,) * 6
     dhidden, dweight = ctx.saved_tensors
+    # In place, or the matrix of the vocabulary's size would be there twice; torch then refuses a
+    # second walk through a retained graph. What traces the graph has tensors of its own type.
+    scaled = Tensor.mul_ if type(dweight) is Tensor else torch.mul
     return (
-        dhidden * grad if ctx.hidden_grad else None,
-        dweight * grad if ctx.weight_grad else None,
+        scaled(dhidden, grad) if ctx.hidden_grad else None,
+        scaled(dweight, grad) if ctx.weight_grad else None,
         *(None,) * 4,
     )
 

@@ -178,6 +178,14 @@ def test_compile_traces_through_log_probabilities():
         torch.testing.assert_close(grad, plain)
 
 
+def test_gradients_that_were_scaled_in_place_are_not_scaled_twice() -> None:
+    hidden = torch.randn(3, 8, requires_grad=True)
+    loss = autograd.linear_cross_entropy(hidden, torch.randn(5, 8), torch.tensor([0, 4, 2]))
+    loss.backward(torch.tensor(0.5), retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_wrong_inputs_are_named():
     hidden, weight = torch.ones(3, 8), torch.ones(5, 8)
     targets = torch.tensor([0, 5, -100])
