@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "ops/gpu.h"
 #include "ops/ops.h"
 #include "tensor_caster.h"
 #include "weight_caster.h"
@@ -18,19 +19,27 @@ namespace {
 
 struct PySegment {
   PyWeight weight;
-  std::optional<PyTensor> bias;
+  std::optional<PyDeviceTensor> bias;
   int64_t out_offset;
 };
+
+void meet(const OpDevice*& all, const std::vector<PySegment>& segments) {
+  for (const PySegment& segment : segments) {
+    meet(all, segment.weight);
+    meet(all, segment.bias);
+  }
+}
 
 ops::LinearSegment linear_segment(const PySegment& segment) {
   ops::LinearSegment result{segment.weight.view, nullptr, segment.out_offset};
   if (segment.bias) {
     const TensorView& bias = segment.bias->view;
-    QN_CHECK(bias.rank == 1 && bias.dtype == DType::F32 && bias.contiguous() &&
+    const DType dtype = segment.bias->device.on_gpu ? DType::BF16 : DType::F32;
+    QN_CHECK(bias.rank == 1 && bias.dtype == dtype && bias.contiguous() &&
                  bias.shape[0] == result.weight.rows,
-             "[linear] bias is ", bias.describe(), ", expected f32[", result.weight.rows,
-             "], dense");
-    result.bias = bias.as<float>();
+             "[linear] bias is ", bias.describe(), ", expected ", dtype_name(dtype), "[",
+             result.weight.rows, "], dense");
+    result.bias = bias.data;
   }
   return result;
 }
@@ -101,15 +110,22 @@ void register_ops(py::module_& module) {
   });
 
   py::class_<PySegment>(module, "LinearSegment")
-      .def(py::init([](const PyWeight& weight, const std::optional<PyTensor>& bias,
+      .def(py::init([](const PyWeight& weight, const std::optional<PyDeviceTensor>& bias,
                        int64_t out_offset) { return PySegment{weight, bias, out_offset}; }));
-  module.def("linear", [](const PyTensor& out, const PyTensor& x,
+  module.def("linear", [](const PyDeviceTensor& out, const PyDeviceTensor& x,
                           const std::vector<PySegment>& segments, bool add, bool invariant) {
     py::gil_scoped_release unlocked;
     std::vector<ops::LinearSegment> native;
     for (const PySegment& segment : segments) native.push_back(linear_segment(segment));
     ops::linear(out.view, x.view, native, add ? ops::Epilogue::Add : ops::Epilogue::Store,
-                invariant, op_context());
+                invariant, op_context(common_device(out, x, segments)));
+  });
+  module.def("linear_w8a8", [](const PyDeviceTensor& out, const PyDeviceTensor& x,
+                               const PyDeviceTensor& codes, const PyDeviceTensor& scales,
+                               const std::optional<PyDeviceTensor>& bias) {
+    py::gil_scoped_release unlocked;
+    ops::linear_w8a8(out.view, x.view, codes.view, scales.view, bias ? &bias->view : nullptr,
+                     op_context(common_device(out, x, codes, scales, bias)));
   });
   module.def("rope",
              [](const PyDeviceTensor& x, const PyDeviceTensor& cos, const PyDeviceTensor& sin) {
@@ -167,11 +183,29 @@ void register_ops(py::module_& module) {
              });
   module.def("has_matmul", [] { return ops::has_matmul(); });
   module.def("matmul",
-             [](const PyTensor& out, const PyTensor& a, bool a_transposed, const PyTensor& b,
-                bool b_transposed, const std::optional<PyTensor>& bias, bool add) {
+             [](const PyDeviceTensor& out, const PyDeviceTensor& a, bool a_transposed,
+                const PyDeviceTensor& b, bool b_transposed,
+                const std::optional<PyDeviceTensor>& bias, bool add) {
                py::gil_scoped_release unlocked;
                ops::matmul(out.view, a.view, a_transposed, b.view, b_transposed,
-                           bias ? &bias->view : nullptr, add, op_context());
+                           bias ? &bias->view : nullptr, add,
+                           op_context(common_device(out, a, b, bias)));
+             });
+  module.def("linear_xent",
+             [](const PyDeviceTensor& log_prob, const PyDeviceTensor& hidden,
+                const PyDeviceTensor& weight, const PyDeviceTensor& targets, float scale,
+                const std::optional<PyDeviceTensor>& grad,
+                const std::optional<PyDeviceTensor>& dhidden,
+                const std::optional<PyDeviceTensor>& dweight, int64_t chunk_tokens) {
+               py::gil_scoped_release unlocked;
+               const auto view = [](const std::optional<PyDeviceTensor>& tensor) {
+                 return tensor ? &tensor->view : nullptr;
+               };
+               const ops::LinearXentGrads grads{view(grad), view(dhidden), view(dweight)};
+               ops::linear_xent(log_prob.view, hidden.view, weight.view, targets.view, scale,
+                                grad ? &grads : nullptr, chunk_tokens,
+                                op_context(common_device(log_prob, hidden, weight, targets, grad,
+                                                         dhidden, dweight)));
              });
   module.def("squared_norm", [](const PyTensor& x) {
     py::gil_scoped_release unlocked;
@@ -188,14 +222,16 @@ void register_ops(py::module_& module) {
                           {step, rate, beta1, beta2, eps, weight_decay, grad_scale},
                           op_context(common_device(master, mean, square, grad, parameter)));
              });
-  module.def("mlp", [](const PyTensor& out, const PyTensor& x, const PyWeight& gate,
+  module.def("mlp", [](const PyDeviceTensor& out, const PyDeviceTensor& x, const PyWeight& gate,
                        const PyWeight& up, const PyWeight& down, bool invariant) {
     py::gil_scoped_release unlocked;
-    ops::mlp(out.view, x.view, {gate.view, up.view, down.view}, invariant, op_context());
+    ops::mlp(out.view, x.view, {gate.view, up.view, down.view}, invariant,
+             op_context(common_device(out, x, gate, up, down)));
   });
-  module.def("gather", [](const PyTensor& out, const PyTensor& ids, const PyWeight& table) {
+  module.def("gather", [](const PyDeviceTensor& out, const PyDeviceTensor& ids,
+                          const PyWeight& table) {
     py::gil_scoped_release unlocked;
-    ops::gather(out.view, ids.view, table.view, op_context());
+    ops::gather(out.view, ids.view, table.view, op_context(common_device(out, ids, table)));
   });
   module.def("argmax", [](const PyTensor& x) {
     py::gil_scoped_release unlocked;

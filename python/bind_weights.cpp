@@ -7,6 +7,7 @@
 #include "bindings.h"
 #include "core/checksum.h"
 #include "core/error.h"
+#include "ops/gpu.h"
 #include "packed_weight.h"
 
 namespace qn::python {
@@ -68,6 +69,33 @@ py::array_t<float> unpack(const PackedWeight& weight) {
   return out;
 }
 
+const PyDeviceTensor& check_words(const char* name, const PyDeviceTensor& words, size_t bytes) {
+  QN_CHECK(words.device.on_gpu && words.view.dtype == DType::I32 && words.view.rank == 1 &&
+               words.view.contiguous() && static_cast<size_t>(words.view.shape[0]) * 4 == bytes,
+           "[gpu_weight] ", name, " is ", words.view.describe(),
+           words.device.on_gpu ? " on a GPU" : " on the CPU", ", expected dense i32[", bytes / 4,
+           "] on a GPU");
+  return words;
+}
+
+/// Queues the rearrangement of the bytes of a PackedWeight, which lie on the GPU, to `data`.
+std::unique_ptr<GpuWeight> gpu_weight(const py::object& data, const py::object& packed,
+                                      const std::string& format_name, int64_t rows, int64_t cols) {
+  const WeightFormat format = ops::weight_format_from_name(format_name);
+  QN_CHECK(is_quantized(format), "[gpu_weight] format is ", format_name,
+           ", expected int8, int8_grouped or int4_symmetric");
+  const PyDeviceTensor to = to_device_tensor(data), from = to_device_tensor(packed);
+  check_words("data", to, ops::gpu_weight_bytes(format, rows, cols));
+  check_words("packed", from, ops::weight_bytes(format, rows, cols));
+  auto weight = std::make_unique<GpuWeight>(
+      GpuWeight{to, data, {to.view.data, format, rows, cols, cols}});
+  py::gil_scoped_release unlocked;
+  const OpContext context(common_device(to, from));
+  ops::repack_weight(weight->view, 0, rows, from.view.data,
+                     *static_cast<const ExecContext&>(context).gpu);
+  return weight;
+}
+
 }  // namespace
 
 void register_weights(py::module_& module) {
@@ -87,6 +115,16 @@ void register_weights(py::module_& module) {
         return py::buffer_info(static_cast<uint8_t*>(w.buffer.data()),
                                static_cast<py::ssize_t>(w.buffer.size()), true);
       });
+  py::class_<GpuWeight>(module, "GpuWeight")
+      .def_property_readonly(
+          "format", [](const GpuWeight& w) { return ops::weight_format_name(w.view.format); })
+      .def_property_readonly(
+          "shape", [](const GpuWeight& w) { return py::make_tuple(w.view.rows, w.view.cols); })
+      .def_property_readonly("data", [](const GpuWeight& w) { return w.array; });
+  module.def("gpu_weight", &gpu_weight);
+  module.def("gpu_weight_bytes", [](const std::string& format, int64_t rows, int64_t cols) {
+    return ops::gpu_weight_bytes(ops::weight_format_from_name(format), rows, cols);
+  });
   module.def("pack_weight", &pack, py::arg("data").noconvert(), py::arg("source"), py::arg("rows"),
              py::arg("cols"), py::arg("format"));
   module.def("decode_source", &decode, py::arg("data").noconvert(), py::arg("source"),

@@ -38,8 +38,10 @@ inline DType dtype_from_dlpack(DLDataType type) {
   if (type.lanes == 1 && type.code == kDLFloat && type.bits == 32) return DType::F32;
   if (type.lanes == 1 && type.code == kDLBfloat && type.bits == 16) return DType::BF16;
   if (type.lanes == 1 && type.code == kDLInt && type.bits == 32) return DType::I32;
+  if (type.lanes == 1 && type.code == kDLInt && type.bits == 8) return DType::I8;
   throw ArgumentError(join_message("[tensor] dtype is DLPack code ", int{type.code}, " with ",
-                                   int{type.bits}, " bits, expected float32, bfloat16 or int32"));
+                                   int{type.bits},
+                                   " bits, expected float32, bfloat16, int32 or int8"));
 }
 
 inline PyTensor tensor_from_numpy(const py::array& array) {
@@ -82,8 +84,8 @@ inline PyTensor tensor_from_dlpack(const py::object& object, const OpDevice& dev
   result.owner = capsule;  // an unconsumed capsule releases the tensor itself
   const DLTensor& tensor = managed->dl_tensor;
   QN_CHECK(tensor.device.device_type == (device.on_gpu ? kDLCuda : kDLCpu),
-           "[tensor] device type is ", tensor.device.device_type, ", expected ",
-           device.on_gpu ? "a CUDA GPU" : "the CPU");
+           "[tensor] is on DLPack's device type ", tensor.device.device_type, ", expected ",
+           device.on_gpu ? "a CUDA GPU" : "the CPU, the only device that has this op");
   QN_CHECK(tensor.ndim <= 4, "[tensor] rank is ", tensor.ndim, ", expected at most 4");
   result.view.dtype = dtype_from_dlpack(tensor.dtype);
   result.view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
@@ -121,17 +123,17 @@ inline PyDeviceTensor to_device_tensor(const py::object& object) {
   return {tensor_from_dlpack(object, device), device};
 }
 
-inline void meet(const OpDevice*& all, const PyDeviceTensor& tensor) {
-  if (all == nullptr) all = &tensor.device;
-  QN_CHECK(all->on_gpu == tensor.device.on_gpu, "[tensor] is on ",
-           tensor.device.on_gpu ? "a GPU" : "the CPU", ", expected ",
-           all->on_gpu ? "a GPU" : "the CPU", " as the other tensors");
+inline void meet(const OpDevice*& all, const OpDevice& device) {
+  if (all == nullptr) all = &device;
+  QN_CHECK(all->on_gpu == device.on_gpu, "[tensor] is on ", device.on_gpu ? "a GPU" : "the CPU",
+           ", expected ", all->on_gpu ? "a GPU" : "the CPU", " as the other tensors");
 }
+inline void meet(const OpDevice*& all, const PyDeviceTensor& tensor) { meet(all, tensor.device); }
 inline void meet(const OpDevice*& all, const std::optional<PyDeviceTensor>& tensor) {
   if (tensor) meet(all, *tensor);
 }
 
-/// Where all of these lie; throws ArgumentError when not together.
+/// Where all of these lie, with the stream of the first; throws ArgumentError when not together.
 template <class... Tensors>
 OpDevice common_device(const Tensors&... tensors) {
   const OpDevice* all = nullptr;

@@ -108,6 +108,18 @@ def matmul(
     add: bool,
     /,
 ) -> None: ...
+def linear_xent(
+    log_prob: Array,
+    hidden: Array,
+    weight: Array,
+    targets: Array,
+    scale: float,
+    grad: Array | None,
+    dhidden: Array | None,
+    dweight: Array | None,
+    chunk_tokens: int,
+    /,
+) -> None: ...
 def squared_norm(x: Array, /) -> float: ...
 def adamw(
     master: Array,
@@ -146,6 +158,20 @@ class PackedWeight:
     @property
     def data(self) -> npt.NDArray[np.uint8]: ...
 
+class GpuWeight:
+    """A weight matrix in a GPU's layout (csrc/kernels/cuda/gemm_layout.h)."""
+
+    @property
+    def format(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def data(self) -> Array: ...
+
+def gpu_weight(data: Array, packed: Array, format: str, rows: int, cols: int, /) -> GpuWeight: ...
+def gpu_weight_bytes(format: str, rows: int, cols: int, /) -> int:
+    """Return the bytes of a weight in a GPU's layout."""
+
 def pack_weight(
     data: npt.NDArray[np.uint8], source: str, rows: int, cols: int, format: str
 ) -> PackedWeight: ...
@@ -172,6 +198,9 @@ class LinearSegment:
 
 def linear(
     out: Array, x: Array, segments: list[LinearSegment], add: bool, invariant: bool, /
+) -> None: ...
+def linear_w8a8(
+    out: Array, x: Array, codes: Array, scales: Array, bias: Array | None, /
 ) -> None: ...
 
 Span: TypeAlias = tuple[int, int, int, list[int]]  # query_begin, query_count, kv_len, page_table

@@ -1,8 +1,9 @@
 """The differentiable ops of the model on the package's own kernels.
 
-The same functions as in `reference`, for CPU tensors in float32 or bfloat16. Each is a
-`torch.library` custom op under "qwen_native::" with its gradient, so that torch.compile traces
-through it; gradients of gradients are not provided. Accumulation is float32 throughout.
+The same functions as in `reference`, for tensors in float32 or bfloat16 on the CPU, and on a GPU as
+far as `ops` goes there (`attention` in bfloat16 alone). Each is a `torch.library` custom op under
+"qwen_native::" with its gradient, so that torch.compile traces through it; gradients of gradients
+are not provided. Accumulation is float32 throughout.
 """
 
 from __future__ import annotations
@@ -322,6 +323,18 @@ def attention(
     return out
 
 
+def _chunked(x: Tensor) -> bool:
+    """Whether a GPU's kernels can multiply with the matrix (see `ops`)."""
+    sizes = (*x.shape, x.stride(0)) if len(x) > 1 else x.shape
+    return 0 not in x.shape and not any(size % 8 for size in sizes[1:]) and x.data_ptr() % 16 == 0
+
+
+def _have_matmul(a: Tensor, b: Tensor) -> bool:
+    if a.device.type == "cuda":
+        return _chunked(a) and _chunked(b)
+    return a.device.type == "cpu" and ops.has_matmul()
+
+
 def product(
     a: Tensor,
     b: Tensor,
@@ -334,7 +347,8 @@ def product(
 ) -> Tensor:
     """Return a b + bias of matrices.
 
-    In bfloat16 on a CPU whose level has it, our kernel multiplies, otherwise torch.
+    In bfloat16 our kernel multiplies, on a CPU whose level has it and on a GPU matrices whose sizes
+    are multiples of 8; otherwise torch.
 
     Args:
         a: [m, k], or [k, m] with `a_transposed`.
@@ -343,8 +357,7 @@ def product(
         out: [m, n], where the result goes; default: a new matrix.
         add: add to `out`.
     """
-    ours = a.dtype == b.dtype == torch.bfloat16 and a.device.type == "cpu" and ops.has_matmul()
-    if ours:
+    if a.dtype == b.dtype == torch.bfloat16 and _have_matmul(a, b):
         result: Tensor = ops.matmul(
             _dense(a),
             _dense(b),
@@ -481,6 +494,20 @@ def _sweep(
         dweight.zero_()
     step = max(_LOGITS_BYTES // (vocab * hidden.itemsize), -(-tokens // _LARGEST_NUMBER_OF_PARTS))
     step = max(step // 32 * 32, min(step, 32), 1)
+    if hidden.device.type == "cuda" and hidden.dtype == torch.bfloat16:
+        hidden, weight = _dense(hidden), _dense(weight)
+        if len(weight) % 8 == 0 and _chunked(hidden) and _chunked(weight):
+            log_prob = ops.linear_xent(
+                hidden,
+                weight,
+                targets,
+                scale,
+                grad,
+                dhidden if hidden_grad else None,
+                dweight if weight_grad else None,
+                chunk_tokens=step,
+            )
+            return log_prob, dhidden, dweight
     for begin in range(0, tokens, step):
         part = slice(begin, begin + step)
         logits = product(hidden[part], weight, b_transposed=True)

@@ -4,12 +4,22 @@ Every function takes numpy float32 arrays or torch tensors (float32 or bfloat16;
 DLPack, without a copy) and returns an array of the same kind. They run on the active
 instruction-set level (`set_isa`).
 
-`rms_norm`, `rope`, `swiglu`, `softmax_xent`, `packed_attention`, their gradients and `adamw` also
-take torch tensors, or other arrays with DLPack, on the first GPU, in a build with CUDA kernels. The
-work is queued on torch's current stream (of other arrays: the one that `__cuda_array_interface__`
-names). There `packed_attention` takes bfloat16 with head_dim 64, 80, 96 or 128, and nobody looks at
-the values of `targets` and `cu_seqlens` beforehand: a target outside the vocabulary gives NaN,
-documents are cut to the tokens that there are.
+Most of them also take torch tensors, or other arrays with DLPack, on the first GPU, in a build with
+CUDA kernels: `rms_norm`, `rope`, `swiglu`, `softmax_xent`, `packed_attention`, their gradients,
+`adamw`, `linear`, `mlp`, `gather` and `matmul`; `linear_w8a8` and `linear_xent` take nothing else.
+The work is queued on torch's current stream (of other arrays: the one that
+`__cuda_array_interface__` names). There
+
+- activations are bfloat16, results and biases of `linear`, `mlp` and `gather` too,
+- a weight is a bfloat16 matrix or a `GpuWeight`,
+- matrices that are multiplied have rows of a multiple of 8 elements, 16 bytes or a multiple of them
+  apart, and begin at a multiple of 16 bytes,
+- `packed_attention` has head_dim 64, 80, 96 or 128,
+- nobody looks at the values of ids, `targets` and `cu_seqlens` beforehand: an id or a target
+  outside the vocabulary gives NaN, documents are cut to the tokens that there are.
+
+The others, of the paged cache (`attention`, `kv_append`), single numbers (`argmax`, `log_sum_exp`,
+`squared_norm`) and of checkpoints, refuse arrays on a GPU with a ValueError.
 """
 
 from __future__ import annotations
@@ -21,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen_native import _C
+from qwen_native._C import GpuWeight as GpuWeight
 from qwen_native._C import PackedWeight as PackedWeight
 
 
@@ -50,6 +61,11 @@ def _empty_f32(like: Any, shape: tuple[int, ...]) -> Any:
     if isinstance(like, np.ndarray):
         return np.empty(shape, np.float32)
     return like.new_empty(shape).float()
+
+
+def _on_gpu(x: Any) -> bool:
+    cuda = 2  # of DLPack
+    return hasattr(x, "__dlpack_device__") and int(x.__dlpack_device__()[0]) == cuda
 
 
 def _detach(x: Any) -> Any:
@@ -95,10 +111,11 @@ def linear(
 
     Args:
         x: [tokens, cols], f32, last axis dense.
-        weight: [rows, cols], f32 | bf16, last axis dense, or a PackedWeight, or a sequence of such
-            weights, whose results are concatenated along the last axis.
+        weight: [rows, cols], f32 | bf16, last axis dense, or a PackedWeight or GpuWeight, or a
+            sequence of such weights, whose results are concatenated along the last axis.
         bias: [rows], f32, or None; for a sequence of weights a sequence of these.
-        out: [tokens, sum of rows], f32, last axis dense; a new array by default.
+        out: [tokens, sum of rows], f32, last axis dense; a new array by default. On a GPU f32 or
+            bf16, and the columns of every weight begin at a multiple of 16 bytes.
         add: add to `out`, which must then be given, instead of overwriting it.
         invariant: for 4-bit weights, keep the bits of a row independent of the number of rows.
 
@@ -124,6 +141,36 @@ def linear(
             raise ValueError("[linear] out is missing, expected an array to add to")
         out = _empty(x, (int(x.shape[0]), rows))
     _C.linear(_detach(out), _detach(x), segments, add, invariant)
+    return out
+
+
+def linear_w8a8(
+    x: Any, codes: Any, scales: Any, bias: Any | None = None, out: Any | None = None
+) -> Any:
+    """Return `x @ (codes * scales[:, None]).T + bias` with x rounded to int8, on a GPU only.
+
+    Every token of x takes the scale of its largest element, as in LLM.int8() (arXiv 2208.07339); a
+    product of codes is summed exactly.
+
+    Args:
+        x: [tokens, cols], bf16, cols a multiple of 16.
+        codes: [rows, cols], int8.
+        scales: [rows], f32.
+        bias: [rows], bf16, or None.
+        out: [tokens, rows], bf16 | f32, last axis dense; a new bf16 array by default.
+
+    Returns:
+        out.
+
+    Raises:
+        ValueError: a shape or dtype does not fit, or the arrays are not on a GPU.
+    """
+    x = _detach(x)
+    if out is None:
+        out = _empty(x, (int(x.shape[0]), int(codes.shape[0])))
+    _C.linear_w8a8(
+        _detach(out), x, _detach(codes), _detach(scales), None if bias is None else _detach(bias)
+    )
     return out
 
 
@@ -305,10 +352,11 @@ def matmul(
     out: Any | None = None,
     add: bool = False,
 ) -> Any:
-    """Return a @ b + bias of bfloat16 matrices; only at the level "amx".
+    """Return a @ b + bias of bfloat16 matrices; only at the level "amx" and on a GPU.
 
-    Products of bf16, sums in float32 in ascending order, rounded once: with `add` only after the
-    old values of out were added, too.
+    Products of bf16, sums in float32 (at "amx" in ascending order), rounded once: with `add` only
+    after the old values of out were added, too. On a GPU at most one operand is transposed, and k
+    is not 0.
 
     Args:
         a: [m, k], bf16, last axis dense; [k, m] with `a_transposed`.
@@ -336,6 +384,47 @@ def matmul(
         _detach(out), a, a_transposed, b, b_transposed, None if bias is None else _detach(bias), add
     )
     return out
+
+
+def linear_xent(
+    hidden: Any,
+    weight: Any,
+    targets: Any,
+    scale: float = 1.0,
+    grad: Any | None = None,
+    dhidden: Any | None = None,
+    dweight: Any | None = None,
+    *,
+    chunk_tokens: int = 1024,
+) -> Any:
+    """Return `log(softmax(scale * hidden @ weight.T))` at each row's target, on a GPU only.
+
+    The logits of `chunk_tokens` tokens exist at a time, in bfloat16. With `grad` the gradients are
+    written to `dhidden` and `dweight`, in the same pass.
+
+    Args:
+        hidden: [tokens, cols], bf16, cols a multiple of 8.
+        weight: [vocab, cols], bf16, vocab a multiple of 8.
+        targets: [tokens], int32 in [0, vocab), or -1: the result is 0 and the gradient zeros.
+        scale: factor of the logits, positive: 1 / temperature.
+        grad: [tokens], f32, gradient of the result, or None.
+        dhidden: like hidden, receives its gradient; or None.
+        dweight: [vocab, cols], f32 | bf16, receives weight's gradient; or None. In bf16 it is
+            rounded once for each chunk.
+        chunk_tokens: at least 1.
+
+    Returns:
+        [tokens], f32.
+
+    Raises:
+        ValueError: a shape, dtype or number does not fit, or the arrays are not on a GPU.
+    """
+    hidden = _detach(hidden)
+    log_prob = _empty_f32(hidden, (int(hidden.shape[0]),))
+    grad, dhidden, dweight = (None if x is None else _detach(x) for x in (grad, dhidden, dweight))
+    inputs = (hidden, _detach(weight), _detach(targets), scale, grad)
+    _C.linear_xent(log_prob, *inputs, dhidden, dweight, chunk_tokens)
+    return log_prob
 
 
 def squared_norm(x: Any) -> float:
@@ -424,21 +513,21 @@ def mlp(out: Any, x: Any, gate: Any, up: Any, down: Any, *, invariant: bool = Fa
 
 
 def gather(ids: Any, table: Any) -> Any:
-    """Return rows `ids` of the table as float32.
+    """Return rows `ids` of the table as float32, on a GPU as bfloat16.
 
     Args:
         ids: [tokens], int32, each in [0, rows).
-        table: [rows, cols], f32 | bf16, last axis dense, or a PackedWeight.
+        table: [rows, cols], f32 | bf16, last axis dense, or a PackedWeight or GpuWeight.
 
     Returns:
-        [tokens, cols], f32, an array of the kind of ids.
+        [tokens, cols], an array of the kind of ids.
 
     Raises:
         ValueError: an id is outside the table, or a shape or dtype does not fit.
     """
     ids = _detach(ids)
     shape = (int(ids.shape[0]), int(table.shape[1]))
-    out = _empty_f32(ids, shape)
+    out = _empty(ids, shape).bfloat16() if _on_gpu(ids) else _empty_f32(ids, shape)
     _C.gather(out, ids, _detach(table))
     return out
 
@@ -604,6 +693,35 @@ def pack_weight(
             row and column.
     """
     return _C.pack_weight(data, source, *shape, format)
+
+
+def gpu_weight_bytes(format: str, shape: tuple[int, int]) -> int:
+    """Return the bytes of a weight in a GPU's layout, a multiple of 4.
+
+    Raises:
+        ValueError: the format is none of "bf16", "int8", "int8_grouped" and "int4_symmetric".
+    """
+    return _C.gpu_weight_bytes(format, *shape)
+
+
+def gpu_weight(packed: Any, format: str, shape: tuple[int, int]) -> GpuWeight:
+    """Return a weight in the layout of a GPU's kernels, for `linear`, `mlp` and `gather` there.
+
+    Args:
+        packed: the bytes of a PackedWeight as int32 [bytes / 4] on the GPU, which may go as soon
+            as the work queued here is done:
+            `torch.from_numpy(weight.data.view("i4")).cuda()`.
+        format: the PackedWeight's, "int8", "int8_grouped" or "int4_symmetric".
+        shape: (rows, cols).
+
+    Returns:
+        The weight with its `format`, `shape` and `data`, an array of the kind of `packed`.
+
+    Raises:
+        ValueError: the format is another, the array is not on a GPU or has another size.
+    """
+    data = _empty(packed, (_C.gpu_weight_bytes(format, *shape) // 4,))
+    return _C.gpu_weight(data, _detach(packed), format, *shape)
 
 
 def unpack_weight(weight: PackedWeight) -> npt.NDArray[np.float32]:

@@ -29,6 +29,16 @@ const TensorView& check_activation(const char* op, const char* name, const Tenso
   return tensor;
 }
 
+void check_format(const char* op, const char* name, const WeightView& weight) {
+  QN_CHECK(gpu_has_format(weight.format), "[", op, "] ", name, " is ",
+           weight_format_name(weight.format),
+           ", expected bf16, int8, int8_grouped or int4_symmetric on a GPU");
+}
+
+constexpr int64_t kChunkBytes = 16;  // of one access
+
+bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % kChunkBytes == 0; }
+
 }  // namespace
 
 void repack_weight(const WeightView& weight, int64_t first_row, int64_t rows, const void* packed,
@@ -60,6 +70,55 @@ void draw_tokens(const TensorView& token, const TensorView& log_prob, const Tens
                      "draw tokens");
 }
 
+void linear_w8a8(const TensorView& out, const TensorView& x, const TensorView& codes,
+                 const TensorView& scales, const TensorView* bias, const ExecContext& context) {
+  constexpr const char* kOp = "linear_w8a8";
+  QN_CHECK(context.gpu != nullptr, "[linear_w8a8] x is on the CPU, expected a GPU");
+  check_float(kOp, "out", out);
+  check_dense_rows(kOp, "out", out);
+  QN_CHECK(x.rank == 2 && codes.rank == 2 && x.shape[1] == codes.shape[1], "[linear_w8a8] x is ",
+           x.describe(), " and codes ", codes.describe(),
+           ", expected [tokens, cols] and [rows, cols]");
+  const int64_t tokens = x.shape[0], rows = codes.shape[0], cols = x.shape[1];
+  QN_CHECK(out.rank == 2 && out.shape[0] == tokens && out.shape[1] == rows, "[linear_w8a8] out is ",
+           out.describe(), ", expected [", tokens, ", ", rows, "]");
+  QN_CHECK(scales.dtype == DType::F32 && scales.rank == 1 && scales.contiguous() &&
+               scales.shape[0] == rows && is_aligned(scales.data),
+           "[linear_w8a8] scales is ", scales.describe(), ", expected dense f32[", rows,
+           "] from a multiple of 16 bytes on");
+  if (bias != nullptr) {
+    QN_CHECK(bias->dtype == DType::BF16 && bias->rank == 1 && bias->contiguous() &&
+                 bias->shape[0] == rows,
+             "[linear_w8a8] bias is ", bias->describe(), ", expected dense bf16[", rows, "]");
+  }
+  qn::cuda::QuantizeTokensArgs tokens_args{};
+  tokens_args.x_stride = cuda::chunked_rows(kOp, "x", x, DType::BF16);
+  qn::cuda::GemmArgs args{};
+  args.weight_stride = cuda::chunked_rows(kOp, "codes", codes, DType::I8);
+  if (tokens == 0 || rows == 0) return;
+  const Workspace::Scope scope(context.workspace);
+  tokens_args.codes = context.workspace.allocate_array<int8_t>(tokens * cols);
+  tokens_args.scales = context.workspace.allocate_array<float>(tokens);
+  tokens_args.x = x.data;
+  tokens_args.tokens = tokens;
+  tokens_args.cols = tokens_args.codes_stride = cols;
+  const qn::cuda::Launchers& call = cuda::launchers(context);
+  context.gpu->check(call.quantize_tokens(&tokens_args, context.gpu->stream()),
+                     "run quantize_tokens");
+  args.out = out.data;
+  args.x = tokens_args.codes;
+  args.weight = codes.data;
+  args.scales = scales.data;
+  args.bias = bias != nullptr ? bias->data : nullptr;
+  args.tokens = tokens;
+  args.rows = rows;
+  args.cols = args.x_stride = cols;
+  args.out_stride = out.stride[0];
+  args.out_dtype = out.dtype;
+  args.x_scales = tokens_args.scales;
+  cuda::run_gemm(kOp, call.gemm_w8a8, args, context);
+}
+
 namespace cuda {
 
 const qn::cuda::Launchers& launchers(const ExecContext& context) {
@@ -75,9 +134,44 @@ void swiglu(const SwigluArgs& args, int64_t tokens, const ExecContext& context) 
   context.gpu->check(launchers(context).swiglu(&args, tokens, context.gpu->stream()), "run swiglu");
 }
 
+int64_t chunked_rows(const char* op, const char* name, const TensorView& matrix, DType dtype) {
+  QN_CHECK(matrix.dtype == dtype, "[", op, "] ", name, " is ", matrix.describe(), ", expected ",
+           dtype_name(dtype), " on a GPU");
+  check_dense_rows(op, name, matrix);
+  const int64_t chunk = kChunkBytes / static_cast<int64_t>(dtype_size(dtype));
+  const int64_t stride = matrix.shape[0] > 1 ? matrix.stride[0] : matrix.shape[1];
+  QN_CHECK(matrix.shape[1] % chunk == 0 && stride % chunk == 0 && is_aligned(matrix.data), "[", op,
+           "] ", name, " is ", matrix.describe(), " with rows ", stride, " elements apart, from ",
+           is_aligned(matrix.data) ? "a" : "no", " multiple of 16 bytes on; expected multiples of ",
+           chunk, " elements and 16 bytes on a GPU");
+  return stride;
+}
+
+void run_gemm(const char* op, decltype(&::qn_cuda_gemm_bf16) gemm, qn::cuda::GemmArgs args,
+              const ExecContext& context) {
+  QN_CHECK(is_aligned(args.out), "[", op, "] out begins at no multiple of 16 bytes, expected one ",
+           "on a GPU");
+  QN_CHECK(is_aligned(args.bias), "[", op, "] bias begins at no multiple of 16 bytes, expected ",
+           "one on a GPU");
+  const Workspace::Scope scope(context.workspace);
+  const Device& device = device_of(*context.gpu);
+  qn::cuda::GemmPlan plan;
+  device.launchers().gemm_plan(&args, &device.device_info(), &plan);
+  const int64_t bytes = device.launchers().gemm_workspace(&plan);
+  if (bytes > 0)
+    args.workspace = static_cast<float*>(context.workspace.allocate(static_cast<size_t>(bytes)));
+  device.check(gemm(&args, &device.device_info(), device.stream()), "run a gemm");
+}
+
 void gather(const TensorView& out, const TensorView& ids, const WeightView& table,
             const ExecContext& context) {
   check_activation("gather", "out", out);
+  check_format("gather", "table", table);
+  QN_CHECK(!is_dense(table.format) || table.rows <= 1 || table.row_stride == table.cols,
+           "[gather] table has rows ", table.row_stride, " elements apart, expected its ",
+           table.cols, " columns on a GPU");
+  QN_CHECK(ids.shape[0] <= 1 || ids.stride[0] == 1, "[gather] ids has stride ", ids.stride[0],
+           ", expected 1 on a GPU");
   qn::cuda::EmbedArgs args{};
   args.out = out.data;
   args.ids = ids.as<int32_t>();
@@ -94,37 +188,37 @@ void gather(const TensorView& out, const TensorView& ids, const WeightView& tabl
 
 void linear(const TensorView& out, const TensorView& x, std::span<const LinearSegment> segments,
             Epilogue epilogue, bool invariant, const ExecContext& context) {
-  check_activation("linear", "x", x);
-  const Device& device = device_of(*context.gpu);
+  const int64_t x_stride = chunked_rows("linear", "x", x, DType::BF16);
+  const qn::cuda::Launchers& call = launchers(context);
   for (const LinearSegment& segment : segments) {
-    const Workspace::Scope scope(context.workspace);
     const WeightView& weight = segment.weight;
+    if (weight.rows == 0) continue;
+    check_format("linear", "weight", weight);
     qn::cuda::GemmArgs args{};
     args.out = static_cast<char*>(out.data) +
                segment.out_offset * static_cast<int64_t>(dtype_size(out.dtype));
     args.x = x.data;
     args.weight = weight.data;
-    args.scales = is_dense(weight.format) ? nullptr : scales_of(weight);
-    args.residual = epilogue == Epilogue::Add ? args.out : nullptr;
+    if (is_dense(weight.format)) {
+      TensorView matrix(const_cast<void*>(weight.data), DType::BF16, {weight.rows, weight.cols});
+      matrix.stride[0] = weight.row_stride;
+      args.weight_stride = chunked_rows("linear", "weight", matrix, DType::BF16);
+    } else {
+      args.scales = scales_of(weight);
+    }
+    args.bias = segment.bias;
     args.tokens = x.shape[0];
     args.rows = weight.rows;
     args.cols = weight.cols;
-    args.out_stride = args.residual_stride = out.stride[0];
-    args.x_stride = x.stride[0];
-    args.weight_stride = weight.row_stride;
+    args.out_stride = out.stride[0];
+    args.x_stride = x_stride;
     args.group_size = static_cast<int32_t>(group_size(weight));
     args.out_dtype = out.dtype;
     args.invariant = invariant;
-    qn::cuda::GemmPlan plan;
-    device.launchers().gemm_plan(&args, &device.device_info(), &plan);
-    const int64_t bytes = device.launchers().gemm_workspace(&plan);
-    if (bytes > 0)
-      args.workspace = static_cast<float*>(context.workspace.allocate(static_cast<size_t>(bytes)));
+    args.add = epilogue == Epilogue::Add;
     const int bits = bits_of(weight.format);
-    const auto gemm = bits == 16  ? device.launchers().gemm_bf16
-                      : bits == 8 ? device.launchers().gemm_int8
-                                  : device.launchers().gemm_int4;
-    device.check(gemm(&args, &device.device_info(), device.stream()), "run a gemm");
+    run_gemm("linear", bits == 16 ? call.gemm_bf16 : bits == 8 ? call.gemm_int8 : call.gemm_int4,
+             args, context);
   }
 }
 

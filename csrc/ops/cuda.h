@@ -28,6 +28,13 @@ inline const char* scales_of(const WeightView& weight) {
 /// Of the context's GPU.
 const qn::cuda::Launchers& launchers(const ExecContext& context);
 
+/// Elements between the rows of a matrix that the GEMMs copy in chunks of 16 bytes; throws when
+/// its rows are none, or when they do not have `dtype`.
+int64_t chunked_rows(const char* op, const char* name, const TensorView& matrix, DType dtype);
+/// Runs one of them, with the scratch memory that its plan needs; throws unless `out` is aligned.
+void run_gemm(const char* op, decltype(&::qn_cuda_gemm_bf16) gemm, qn::cuda::GemmArgs args,
+              const ExecContext& context);
+
 void rms_norm(const RmsNormArgs& args, int64_t rows, const ExecContext& context);
 void swiglu(const SwigluArgs& args, int64_t tokens, const ExecContext& context);
 void gather(const TensorView& out, const TensorView& ids, const WeightView& table,
@@ -44,6 +51,9 @@ void rms_norm_bwd(const RmsNormBwdArgs& args, const ExecContext& context);
 void rope(const RopeArgs& args, int64_t tokens, const ExecContext& context);
 void swiglu_bwd(const SwigluBwdArgs& args, int64_t tokens, const ExecContext& context);
 void softmax_xent(const SoftmaxXentArgs& args, int64_t rows, const ExecContext& context);
+/// Shapes are checked; a is [m, k], b [k, n].
+void matmul(const TensorView& out, const TensorView& a, bool a_transposed, const TensorView& b,
+            bool b_transposed, const TensorView* bias, bool add, const ExecContext& context);
 void adamw(const AdamwArgs& args, const ExecContext& context);
 void packed_attention(const TensorView& out, const TensorView& lse, const TensorView& q,
                       const TensorView& k, const TensorView& v, const TensorView& cu_seqlens,

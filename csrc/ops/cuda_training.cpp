@@ -1,7 +1,72 @@
 #include "ops/check.h"
 #include "ops/cuda.h"
+#include "ops/gpu.h"
 
-namespace qn::ops::cuda {
+namespace qn::ops {
+
+void linear_xent(const TensorView& log_prob, const TensorView& hidden, const TensorView& weight,
+                 const TensorView& targets, float scale, const LinearXentGrads* grads,
+                 int64_t chunk_tokens, const ExecContext& context) {
+  constexpr const char* kOp = "linear_xent";
+  QN_CHECK(context.gpu != nullptr, "[linear_xent] hidden is on the CPU, expected a GPU");
+  QN_CHECK(hidden.rank == 2 && weight.rank == 2 && hidden.shape[1] == weight.shape[1],
+           "[linear_xent] hidden is ", hidden.describe(), " and weight ", weight.describe(),
+           ", expected [tokens, cols] and [vocab, cols]");
+  const int64_t tokens = hidden.shape[0], vocab = weight.shape[0];
+  QN_CHECK(vocab % 8 == 0 && vocab > 0, "[linear_xent] weight is ", weight.describe(),
+           ", expected a multiple of 8 rows");
+  const auto check_vector = [&](const char* name, const TensorView& vector, DType dtype) {
+    QN_CHECK(vector.dtype == dtype && vector.rank == 1 && vector.shape[0] == tokens &&
+                 vector.contiguous(),
+             "[linear_xent] ", name, " is ", vector.describe(), ", expected dense ",
+             dtype_name(dtype), "[", tokens, "]");
+  };
+  check_vector("log_prob", log_prob, DType::F32);
+  check_vector("targets", targets, DType::I32);
+  QN_CHECK(scale > 0.0f, "[linear_xent] scale is ", scale, ", expected a positive number");
+  QN_CHECK(chunk_tokens > 0, "[linear_xent] chunk_tokens is ", chunk_tokens,
+           ", expected at least 1");
+  qn::cuda::LinearXentArgs args{};
+  args.log_prob = log_prob.as<float>();
+  args.hidden = hidden.data;
+  args.weight = weight.data;
+  args.targets = targets.as<const int32_t>();
+  args.tokens = tokens;
+  args.vocab = vocab;
+  args.cols = hidden.shape[1];
+  args.chunk_tokens = chunk_tokens;
+  args.hidden_stride = cuda::chunked_rows(kOp, "hidden", hidden, DType::BF16);
+  args.weight_stride = cuda::chunked_rows(kOp, "weight", weight, DType::BF16);
+  args.scale = scale;
+  if (grads != nullptr) {
+    check_vector("grad", *grads->log_prob, DType::F32);
+    args.grad = grads->log_prob->as<const float>();
+    if (grads->hidden != nullptr) {
+      check_same_shape(kOp, "dhidden", *grads->hidden, "hidden", hidden);
+      args.dhidden = grads->hidden->data;
+      args.dhidden_stride = cuda::chunked_rows(kOp, "dhidden", *grads->hidden, DType::BF16);
+    }
+    if (grads->weight != nullptr) {
+      const TensorView& dweight = *grads->weight;
+      check_float(kOp, "dweight", dweight);
+      TensorView as_weight = weight;
+      as_weight.dtype = dweight.dtype;
+      check_same_shape(kOp, "dweight", dweight, "weight", as_weight);
+      args.dweight = dweight.data;
+      args.dweight_stride = cuda::chunked_rows(kOp, "dweight", dweight, dweight.dtype);
+      args.dweight_dtype = dweight.dtype;
+    }
+  }
+  if (tokens == 0) return;
+  const Workspace::Scope scope(context.workspace);
+  const auto& device = static_cast<const qn::cuda::Device&>(*context.gpu);
+  const int64_t bytes = device.launchers().linear_xent_workspace(&args, &device.device_info());
+  args.workspace = context.workspace.allocate(static_cast<size_t>(bytes));
+  device.check(device.launchers().linear_xent(&args, &device.device_info(), device.stream()),
+               "run linear_xent");
+}
+
+namespace cuda {
 namespace {
 
 using qn::cuda::DocumentAttentionArgs;
@@ -108,4 +173,32 @@ void packed_attention_bwd(const TensorView& dq, const TensorView& dk, const Tens
                      "run packed_attention_bwd");
 }
 
-}  // namespace qn::ops::cuda
+void matmul(const TensorView& out, const TensorView& a, bool a_transposed, const TensorView& b,
+            bool b_transposed, const TensorView* bias, bool add, const ExecContext& context) {
+  constexpr const char* kOp = "matmul";
+  QN_CHECK(!a_transposed || !b_transposed,
+           "[matmul] a_transposed and b_transposed are both true, expected at most one on a GPU");
+  qn::cuda::GemmArgs args{};
+  args.out = out.data;
+  args.x = a.data;
+  args.weight = b.data;
+  args.bias = bias != nullptr ? bias->data : nullptr;
+  args.tokens = out.shape[0];
+  args.rows = out.shape[1];
+  args.cols = a.shape[a_transposed ? 0 : 1];
+  QN_CHECK(args.cols > 0, "[matmul] a is ", a.describe(), ", expected elements to sum on a GPU");
+  args.out_stride = out.stride[0];
+  args.x_stride = chunked_rows(kOp, "a", a, DType::BF16);
+  args.weight_stride = chunked_rows(kOp, "b", b, DType::BF16);
+  args.out_dtype = out.dtype;
+  args.add = add;
+  const qn::cuda::Launchers& call = launchers(context);
+  run_gemm(kOp,
+           b_transposed   ? call.gemm_bf16
+           : a_transposed ? call.gemm_weight_grad
+                          : call.gemm_input_grad,
+           args, context);
+}
+
+}  // namespace cuda
+}  // namespace qn::ops

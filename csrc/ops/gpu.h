@@ -1,5 +1,5 @@
-// What a model on a GPU needs besides the ops: its layouts of weights and cache, the inputs of a
-// step in its memory, and the draw of tokens there.
+// What is on a GPU only: its layouts of weights and cache, the inputs of a step in its memory, the
+// draw of tokens there, and ops that the CPU has otherwise or not at all.
 #pragma once
 #include <memory>
 #include <span>
@@ -25,6 +25,28 @@ size_t gpu_weight_bytes(WeightFormat format, int64_t rows, int64_t cols);
 /// first_row is a multiple of 64.
 void repack_weight(const WeightView& weight, int64_t first_row, int64_t rows, const void* packed,
                    const Gpu& gpu);
+
+/// out = x W^T + bias with W = codes * scales: a token of x is rounded to int8 with the scale of its
+/// largest element, the products are summed exactly, in int32.
+///   out [tokens, rows] bf16|f32, x [tokens, cols] bf16, codes [rows, cols] int8, scales [rows] f32,
+///   bias [rows] bf16 or null; cols a multiple of 16
+void linear_w8a8(const TensorView& out, const TensorView& x, const TensorView& codes,
+                 const TensorView& scales, const TensorView* bias, const ExecContext& context);
+
+struct LinearXentGrads {
+  const TensorView* log_prob;  // [tokens] f32: the gradient that comes in
+  const TensorView* hidden;    // like hidden, or null
+  const TensorView* weight;    // like weight or f32, or null; bf16 is rounded once per chunk
+};
+
+/// log_prob[t] = log(softmax(scale * hidden[t] weight^T))[targets[t]], 0 where the target is -1 and
+/// NaN where it is not in the vocabulary; with `grads` the gradients too. The logits of more than
+/// chunk_tokens tokens are never there.
+///   log_prob [tokens] f32; hidden [tokens, cols], weight [vocab, cols] bf16, cols and vocab
+///   multiples of 8; targets [tokens] i32
+void linear_xent(const TensorView& log_prob, const TensorView& hidden, const TensorView& weight,
+                 const TensorView& targets, float scale, const LinearXentGrads* grads,
+                 int64_t chunk_tokens, const ExecContext& context);
 
 /// Bytes of one page of one layer's KV cache (kernels/cuda/kernels.h gives the layout): pages of 16
 /// to 1024 tokens, a power of two, head_dim 64, 80, 96 or 128, bf16 or int8.

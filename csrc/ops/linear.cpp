@@ -124,7 +124,7 @@ Args common_args(const TensorView& out, const LinearSegment& segment, Epilogue e
   Args args{};
   args.out = out.as<float>() + segment.out_offset;
   args.weight = segment.weight.data;
-  args.bias = segment.bias;
+  args.bias = static_cast<const float*>(segment.bias);
   args.rows = segment.weight.rows;
   args.cols = segment.weight.cols;
   args.out_stride = out.stride[0];

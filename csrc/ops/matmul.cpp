@@ -2,6 +2,7 @@
 
 #include "kernels/cpu/dispatch.h"
 #include "ops/check.h"
+#include "ops/cuda.h"
 #include "ops/ops.h"
 
 namespace qn::ops {
@@ -22,8 +23,8 @@ bool has_matmul() { return cpu::active_cpu_kernels().matmul != nullptr; }
 void matmul(const TensorView& out, const TensorView& a, bool a_transposed, const TensorView& b,
             bool b_transposed, const TensorView* bias, bool add, const ExecContext& context) {
   const cpu::CpuKernels& kernels = cpu::active_cpu_kernels();
-  QN_CHECK(kernels.matmul != nullptr, "[matmul] the active level is ", isa_name(cpu::active_isa()),
-           ", expected amx");
+  QN_CHECK(context.gpu != nullptr || kernels.matmul != nullptr, "[matmul] the active level is ",
+           isa_name(cpu::active_isa()), ", expected amx");
   check_operand("a", a);
   check_operand("b", b);
   const int64_t m = a.shape[a_transposed ? 1 : 0], k = a.shape[a_transposed ? 0 : 1];
@@ -40,6 +41,8 @@ void matmul(const TensorView& out, const TensorView& a, bool a_transposed, const
         "[matmul] bias is ", bias->describe(), ", expected dense bf16[", n, "]");
   }
   if (m == 0 || n == 0) return;
+  if (context.gpu != nullptr)
+    return cuda::matmul(out, a, a_transposed, b, b_transposed, bias, add, context);
   MatmulArgs args{};
   args.out = out.data;
   args.a = a.as<const bf16>();

@@ -114,7 +114,7 @@ void unpack_weight(float* out, const WeightView& weight, const ExecContext& cont
 /// of out.
 struct LinearSegment {
   WeightView weight;
-  const float* bias;  // [weight.rows] or null
+  const void* bias;  // [weight.rows] of the activations' dtype, or null
   int64_t out_offset;
 };
 

@@ -1,6 +1,6 @@
 // out[t] = row ids[t] of an embedding table, as bf16: a copy of bf16 rows, or scale * (code - zero)
 // of packed ones (gemm_layout.h), so that a tied output projection and the embedding share their
-// bytes.
+// bytes. Where the table has no such row, NaN: nobody has checked the ids.
 //
 //   warp     64 columns of a packed row (lane l: columns 2l and 2l + 1), 256 of a bf16 row
 //   bytes    bits / 8 per element read, 2 written, scales once; a packed row's codes of 64 columns
@@ -15,17 +15,21 @@ namespace qn::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr uint32_t kNan = 0x7fff7fffu;  // two of bf16
 
 __global__ __launch_bounds__(kThreads) void gather_bf16_kernel(EmbedArgs args, bool aligned) {
   const int64_t token = blockIdx.x;
   const int64_t begin = (static_cast<int64_t>(blockIdx.y) * kThreads + threadIdx.x) * 8;
-  const bf16* from = static_cast<const bf16*>(args.table) + args.ids[token] * args.cols + begin;
+  const int64_t row = args.ids[token];
+  const bool exists = row >= 0 && row < args.rows;
+  const bf16* from = static_cast<const bf16*>(args.table) + row * args.cols + begin;
   bf16* to = static_cast<bf16*>(args.out) + token * args.out_stride + begin;
   const int64_t count = args.cols - begin;
   if (aligned && count >= 8) {
-    st16(to, ld16(from));
+    st16(to, exists ? ld16(from) : uint4{kNan, kNan, kNan, kNan});
   } else {
-    for (int i = 0; i < 8 && i < count; ++i) to[i] = from[i];
+    for (int i = 0; i < 8 && i < count; ++i)
+      to[i] = exists ? from[i] : bf16{static_cast<uint16_t>(kNan)};
   }
 }
 
@@ -34,7 +38,9 @@ __global__ __launch_bounds__(kThreads) void gather_bf16_kernel(EmbedArgs args, b
 template <int Bits>
 __global__ __launch_bounds__(kThreads) void gather_packed_kernel(EmbedArgs args) {
   const int lane = threadIdx.x % kWarp;
-  const int64_t token = blockIdx.x, row = args.ids[token];
+  const int64_t token = blockIdx.x, id = args.ids[token];
+  const bool exists = id >= 0 && id < args.rows;
+  const int64_t row = exists ? id : 0;
   const int64_t tile = static_cast<int64_t>(blockIdx.y) * (kThreads / kWarp) + threadIdx.x / kWarp;
   const int64_t col = tile * kPackedTile + 2 * lane;
   if (col >= args.cols) return;
@@ -57,8 +63,9 @@ __global__ __launch_bounds__(kThreads) void gather_packed_kernel(EmbedArgs args)
   const uint32_t zero =
       args.zeros != nullptr ? static_cast<const uint8_t*>(args.zeros)[index] : 1u << (Bits - 1);
   const float offset = static_cast<float>(zero);
-  const uint32_t value = pack_bf16(scale * (static_cast<float>(low) - offset),
-                                   scale * (static_cast<float>(high) - offset));
+  const uint32_t value = exists ? pack_bf16(scale * (static_cast<float>(low) - offset),
+                                            scale * (static_cast<float>(high) - offset))
+                                : kNan;
   bf16* to = static_cast<bf16*>(args.out) + token * args.out_stride + col;
   if (col + 1 < args.cols && args.out_stride % 2 == 0)
     *reinterpret_cast<uint32_t*>(to) = value;

@@ -11,10 +11,10 @@ struct DeviceInfo {
   int32_t multiprocessors;
 };
 
-/// Rows of an embedding table: out[t] = table[ids[t]].
+/// Rows of an embedding table: out[t] = table[ids[t]], NaN where there is no such row.
 struct EmbedArgs {
   void* out;           // [tokens, cols] bf16
-  const int32_t* ids;  // [tokens], each in [0, rows)
+  const int32_t* ids;  // [tokens]
   const void* table;   // [rows, cols] bf16 dense rows, or packed (gemm_layout.h)
   const void* scales;  // of a packed table
   const void* zeros;   // of a packed table, or null

@@ -11,7 +11,8 @@
   X(rope) X(attention_prefill) X(attention_decode) X(attention_decode_workspace) X(rms_norm) \
   X(sampling) X(swiglu) X(gemm_bf16) X(gemm_int8) X(gemm_int4) X(gemm_plan)                  \
   X(gemm_workspace) X(gather) X(repack) X(rms_norm_bwd) X(rope_pairs) X(swiglu_bwd) X(adamw)  \
-  X(softmax_xent) X(packed_attention) X(packed_attention_bwd)
+  X(softmax_xent) X(packed_attention) X(packed_attention_bwd) X(gemm_input_grad)             \
+  X(gemm_weight_grad) X(gemm_w8a8) X(quantize_tokens) X(linear_xent) X(linear_xent_workspace)
 // clang-format on
 
 namespace qn::cuda {
