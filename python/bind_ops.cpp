@@ -182,31 +182,28 @@ void register_ops(py::module_& module) {
                    op_context(common_device(dq, dk, dv, dout, q, k, v, out, lse, cu_seqlens)));
              });
   module.def("has_matmul", [] { return ops::has_matmul(); });
-  module.def("matmul",
-             [](const PyDeviceTensor& out, const PyDeviceTensor& a, bool a_transposed,
-                const PyDeviceTensor& b, bool b_transposed,
-                const std::optional<PyDeviceTensor>& bias, bool add) {
-               py::gil_scoped_release unlocked;
-               ops::matmul(out.view, a.view, a_transposed, b.view, b_transposed,
-                           bias ? &bias->view : nullptr, add,
-                           op_context(common_device(out, a, b, bias)));
-             });
-  module.def("linear_xent",
-             [](const PyDeviceTensor& log_prob, const PyDeviceTensor& hidden,
-                const PyDeviceTensor& weight, const PyDeviceTensor& targets, float scale,
-                const std::optional<PyDeviceTensor>& grad,
-                const std::optional<PyDeviceTensor>& dhidden,
-                const std::optional<PyDeviceTensor>& dweight, int64_t chunk_tokens) {
-               py::gil_scoped_release unlocked;
-               const auto view = [](const std::optional<PyDeviceTensor>& tensor) {
-                 return tensor ? &tensor->view : nullptr;
-               };
-               const ops::LinearXentGrads grads{view(grad), view(dhidden), view(dweight)};
-               ops::linear_xent(log_prob.view, hidden.view, weight.view, targets.view, scale,
-                                grad ? &grads : nullptr, chunk_tokens,
-                                op_context(common_device(log_prob, hidden, weight, targets, grad,
-                                                         dhidden, dweight)));
-             });
+  module.def("matmul", [](const PyDeviceTensor& out, const PyDeviceTensor& a, bool a_transposed,
+                          const PyDeviceTensor& b, bool b_transposed,
+                          const std::optional<PyDeviceTensor>& bias, bool add) {
+    py::gil_scoped_release unlocked;
+    ops::matmul(out.view, a.view, a_transposed, b.view, b_transposed, bias ? &bias->view : nullptr,
+                add, op_context(common_device(out, a, b, bias)));
+  });
+  module.def("linear_xent", [](const PyDeviceTensor& log_prob, const PyDeviceTensor& hidden,
+                               const PyDeviceTensor& weight, const PyDeviceTensor& targets,
+                               float scale, const std::optional<PyDeviceTensor>& grad,
+                               const std::optional<PyDeviceTensor>& dhidden,
+                               const std::optional<PyDeviceTensor>& dweight, int64_t chunk_tokens) {
+    py::gil_scoped_release unlocked;
+    const auto view = [](const std::optional<PyDeviceTensor>& tensor) {
+      return tensor ? &tensor->view : nullptr;
+    };
+    const ops::LinearXentGrads grads{view(grad), view(dhidden), view(dweight)};
+    ops::linear_xent(
+        log_prob.view, hidden.view, weight.view, targets.view, scale, grad ? &grads : nullptr,
+        chunk_tokens,
+        op_context(common_device(log_prob, hidden, weight, targets, grad, dhidden, dweight)));
+  });
   module.def("squared_norm", [](const PyTensor& x) {
     py::gil_scoped_release unlocked;
     return ops::squared_norm(x.view, op_context());
@@ -228,11 +225,11 @@ void register_ops(py::module_& module) {
     ops::mlp(out.view, x.view, {gate.view, up.view, down.view}, invariant,
              op_context(common_device(out, x, gate, up, down)));
   });
-  module.def("gather", [](const PyDeviceTensor& out, const PyDeviceTensor& ids,
-                          const PyWeight& table) {
-    py::gil_scoped_release unlocked;
-    ops::gather(out.view, ids.view, table.view, op_context(common_device(out, ids, table)));
-  });
+  module.def(
+      "gather", [](const PyDeviceTensor& out, const PyDeviceTensor& ids, const PyWeight& table) {
+        py::gil_scoped_release unlocked;
+        ops::gather(out.view, ids.view, table.view, op_context(common_device(out, ids, table)));
+      });
   module.def("argmax", [](const PyTensor& x) {
     py::gil_scoped_release unlocked;
     return ops::argmax(x.view, op_context());

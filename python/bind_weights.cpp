@@ -87,8 +87,8 @@ std::unique_ptr<GpuWeight> gpu_weight(const py::object& data, const py::object& 
   const PyDeviceTensor to = to_device_tensor(data), from = to_device_tensor(packed);
   check_words("data", to, ops::gpu_weight_bytes(format, rows, cols));
   check_words("packed", from, ops::weight_bytes(format, rows, cols));
-  auto weight = std::make_unique<GpuWeight>(
-      GpuWeight{to, data, {to.view.data, format, rows, cols, cols}});
+  auto weight =
+      std::make_unique<GpuWeight>(GpuWeight{to, data, {to.view.data, format, rows, cols, cols}});
   py::gil_scoped_release unlocked;
   const OpContext context(common_device(to, from));
   ops::repack_weight(weight->view, 0, rows, from.view.data,

@@ -15,11 +15,10 @@ struct PyWeight {
 inline PyWeight plain_weight(const py::object& matrix) {
   const PyDeviceTensor tensor = to_device_tensor(matrix);
   const TensorView& view = tensor.view;
-  QN_CHECK(
-      view.rank == 2 && (view.dtype == DType::F32 || view.dtype == DType::BF16) &&
-          (view.shape[1] <= 1 || view.stride[1] == 1),
-      "[weight] data is ", view.describe(),
-      ", expected f32|bf16[rows, cols] with a dense last axis");
+  QN_CHECK(view.rank == 2 && (view.dtype == DType::F32 || view.dtype == DType::BF16) &&
+               (view.shape[1] <= 1 || view.stride[1] == 1),
+           "[weight] data is ", view.describe(),
+           ", expected f32|bf16[rows, cols] with a dense last axis");
   const WeightFormat format = view.dtype == DType::F32 ? WeightFormat::F32 : WeightFormat::BF16;
   return {{view.data, format, view.shape[0], view.shape[1], view.stride[0]},
           tensor.owner,

@@ -217,7 +217,10 @@ void linear(const TensorView& out, const TensorView& x, std::span<const LinearSe
     args.invariant = invariant;
     args.add = epilogue == Epilogue::Add;
     const int bits = bits_of(weight.format);
-    run_gemm("linear", bits == 16 ? call.gemm_bf16 : bits == 8 ? call.gemm_int8 : call.gemm_int4,
+    run_gemm("linear",
+             bits == 16  ? call.gemm_bf16
+             : bits == 8 ? call.gemm_int8
+                         : call.gemm_int4,
              args, context);
   }
 }

@@ -26,10 +26,10 @@ size_t gpu_weight_bytes(WeightFormat format, int64_t rows, int64_t cols);
 void repack_weight(const WeightView& weight, int64_t first_row, int64_t rows, const void* packed,
                    const Gpu& gpu);
 
-/// out = x W^T + bias with W = codes * scales: a token of x is rounded to int8 with the scale of its
-/// largest element, the products are summed exactly, in int32.
-///   out [tokens, rows] bf16|f32, x [tokens, cols] bf16, codes [rows, cols] int8, scales [rows] f32,
-///   bias [rows] bf16 or null; cols a multiple of 16
+/// out = x W^T + bias with W = codes * scales: a token of x is rounded to int8 with the scale of
+/// its largest element, the products are summed exactly, in int32.
+///   out [tokens, rows] bf16|f32, x [tokens, cols] bf16, codes [rows, cols] int8, scales [rows]
+///   f32, bias [rows] bf16 or null; cols a multiple of 16
 void linear_w8a8(const TensorView& out, const TensorView& x, const TensorView& codes,
                  const TensorView& scales, const TensorView* bias, const ExecContext& context);
 

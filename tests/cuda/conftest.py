@@ -7,9 +7,12 @@ from collections.abc import Iterator
 
 import cuda_simulator
 import pytest
+from cuda_arrays import Caller
 from cuda_gpu import Gpu, library_of_environment
 from cuda_simulator import ROOT, Launch, Simulator
 from tools_module import load_tool
+
+from qwen_native import _C
 
 short_name = load_tool("cuda_gate").short_name
 
@@ -86,3 +89,15 @@ def cases(cases_library: Simulator) -> Iterator[Simulator]:
 def fast_cases(fast_cases_library: Simulator) -> Iterator[Simulator]:
     """Like `cases`, without checks of memory accesses."""
     yield from _clean(fast_cases_library)
+
+
+@pytest.fixture
+def gpu(sim: Simulator) -> Iterator[Caller]:
+    """The op GPU is the simulator; a caller of ops there."""
+    _C.set_op_gpu(_C.Gpu(str(sim.path)))
+    caller = Caller(sim)
+    try:
+        yield caller
+    finally:
+        caller.close()
+        _C.set_op_gpu(None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cuda_gemm import assert_no_bank_conflicts
 from cuda_kv import run_attention
 from cuda_simulator import CUDA
 from tolerance import assert_contraction
@@ -78,15 +79,12 @@ def test_traffic_is_within_5_percent(sim, rng, bits, heads):
     assert counted.ldmatrix_wavefronts == 4 * counted.ldmatrix
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_loads_of_int8_rows_meet_no_bank_twice(sim, rng, head_dim):
-    run_attention(sim, rng, [64], 2, 1, head_dim, bits=8)
-    source = (CUDA / "attention.cuh").read_text().splitlines()
-    helper = next(i + 1 for i, text in enumerate(source) if " word(const" in text)
-    reads = [t for t in sim.line_traffic() if t.where.startswith(f"attention.cuh:{helper} ")]
-    assert sum(line.requests for line in reads) == head_dim  # of 128 bytes: 64 keys and values
-    for line in reads:
-        assert line.units == line.units_needed, line
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("bits", [16, 8])
+def test_no_bank_conflicts(sim, rng, head_dim, bits):
+    run_attention(sim, rng, [150], 4, 1, head_dim, bits=bits)
+    # q of an int8 cache and the sum over the warps, each once per block.
+    assert_no_bank_conflicts(sim, "ld8(&q[", "&result.out[w]")
 
 
 @pytest.mark.parametrize(("head_dim", "bits"), [(64, 16), (80, 16), (64, 8), (80, 8)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cuda_gemm import assert_no_bank_conflicts
 from cuda_kv import run_attention
 from cuda_simulator import CUDA
 from tolerance import assert_contraction
@@ -72,6 +73,14 @@ def test_traffic(sim, rng):
     assert counted.ldmatrix_wavefronts == 4 * counted.ldmatrix
     # Per tile of 64 keys and 16 rows: 8 n-tiles x 8 steps, and 4 steps x 16 n-tiles.
     assert counted.mma == 2 * 4 * (1 + 1 + 2 + 2) * (64 + 64)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+@pytest.mark.parametrize("bits", [16, 8])
+def test_no_bank_conflicts(sim, rng, head_dim, bits):
+    run_attention(sim, rng, [150], 2, 1, head_dim, query_lens=[80], bits=bits)
+    # q of an int8 cache, once per block.
+    assert_no_bank_conflicts(sim, "ld8(&q[")
 
 
 @pytest.mark.parametrize(("head_dim", "bits"), [(64, 16), (80, 16), (64, 8), (80, 8)])

@@ -3,140 +3,16 @@ work queued on a stream that the array names."""
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Iterator, Sequence
 from typing import Any
 
-import cuda_gpu
 import numpy as np
 import pytest
 import torch
-from cuda_simulator import Buffer, Simulator
+from cuda_arrays import Caller, GpuArray
 from gradients import FACTOR, gradients
 from tolerance import assert_contraction, assert_pointwise
 
-from qwen_native import _C, devices, ops, reference
-
-CUDA = 2  # DLPack's kDLCUDA
-
-
-class DLTensor(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    ]
-
-
-class DLManagedTensor(ctypes.Structure):
-    _fields_ = [
-        ("tensor", DLTensor),
-        ("context", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-    ]
-
-
-CODES = {
-    torch.float32: (2, 32),
-    torch.bfloat16: (4, 16),
-    torch.int32: (0, 32),
-    torch.int8: (0, 8),
-}
-
-
-class GpuArray:
-    """An array in the simulated device's memory, as a library with DLPack would offer it."""
-
-    def __init__(self, gpu: Gpu, buffer: Buffer, device: int = 0) -> None:
-        self.gpu, self.buffer, self.device = gpu, buffer, device
-        self.shape, self.dtype = buffer.shape, buffer.dtype
-        dims = len(self.shape)
-        strides = [torch.Size(self.shape[i + 1 :]).numel() for i in range(dims)]
-        self._shape = (ctypes.c_int64 * dims)(*self.shape)
-        self._strides = (ctypes.c_int64 * dims)(*strides)
-        code, bits = CODES[self.dtype]
-        self._managed = DLManagedTensor(
-            DLTensor(
-                buffer.pointer, CUDA, device, dims, code, bits, 1, self._shape, self._strides, 0
-            )
-        )
-        self.streams: list[int] = []  # that were handed to __dlpack__
-
-    def detach(self) -> GpuArray:
-        return self
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        return {"version": 3, "stream": self.gpu.stream}
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return CUDA, self.device
-
-    def __dlpack__(self, *, stream: int | None = None) -> object:
-        if stream is not None:
-            self.streams.append(stream)
-        new = ctypes.pythonapi.PyCapsule_New
-        new.restype, new.argtypes = (
-            ctypes.py_object,
-            [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p],
-        )
-        return new(ctypes.addressof(self._managed), b"dltensor", None)
-
-    def new_empty(self, shape: Sequence[int]) -> GpuArray:
-        return self.gpu.empty(shape, self.dtype)
-
-    def float(self) -> GpuArray:
-        return self.gpu.empty(self.shape, torch.float32)
-
-    def bfloat16(self) -> GpuArray:
-        return self.gpu.empty(self.shape, torch.bfloat16)
-
-
-class Gpu:
-    """The simulator with a stream of the caller's."""
-
-    def __init__(self, sim: Simulator) -> None:
-        self.sim = sim
-        pointer = ctypes.c_void_p()
-        assert sim.library.qn_gpu_stream_create(ctypes.byref(pointer)) == 0
-        self.stream = pointer.value
-        self.arrays: list[GpuArray] = []
-
-    def array(self, tensor: torch.Tensor) -> GpuArray:
-        self.arrays.append(GpuArray(self, self.sim.upload(tensor)))
-        return self.arrays[-1]
-
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> GpuArray:
-        self.arrays.append(GpuArray(self, self.sim.empty(tuple(shape), dtype)))
-        return self.arrays[-1]
-
-    def tensors(self, *arrays: GpuArray) -> list[torch.Tensor]:
-        """Their content when the stream is done. Nothing ran before: the work is on it."""
-        before = self.sim.recorded_launches()
-        assert self.sim.library.qn_gpu_stream_sync(ctypes.c_void_p(self.stream)) == 0
-        if not isinstance(self.sim, cuda_gpu.Gpu):
-            assert before == [] and self.sim.recorded_launches() != []
-        used = {stream for array in self.arrays for stream in array.streams}
-        assert used == {self.stream}
-        return [array.buffer.tensor() for array in arrays]
-
-
-@pytest.fixture
-def gpu(sim: Simulator) -> Iterator[Gpu]:
-    _C.set_op_gpu(_C.Gpu(str(sim.path)))
-    caller = Gpu(sim)
-    try:
-        yield caller
-    finally:
-        assert sim.library.qn_gpu_stream_destroy(ctypes.c_void_p(caller.stream)) == 0
-        _C.set_op_gpu(None)
+from qwen_native import devices, ops, reference
 
 
 def random(rng: torch.Generator, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -275,7 +151,7 @@ def test_what_matmul_asks_on_a_gpu(gpu, rng):
         )
 
 
-def packed_on_gpu(gpu: Gpu, matrix: torch.Tensor, format: str) -> tuple[Any, torch.Tensor]:
+def packed_on_gpu(gpu: Caller, matrix: torch.Tensor, format: str) -> tuple[Any, torch.Tensor]:
     """A quantised weight on the GPU, and the float32 matrix that it stands for."""
     data = matrix.numpy().view(np.uint8).ravel()
     packed = ops.pack_weight(data, "F32", tuple(matrix.shape), format)
@@ -487,8 +363,8 @@ def test_what_only_the_gpus_kernels_ask(gpu, rng):
 
 def test_without_cuda_kernels(sim, rng, monkeypatch, tmp_path):
     monkeypatch.setattr(devices, "cuda_library", lambda: tmp_path / "libqn_cuda.so")
-    caller = Gpu(sim)
+    caller = Caller(sim)
     x, weight = caller.array(random(rng, 3, 72)), caller.array(random(rng, 72))
     with pytest.raises(RuntimeError, match="this build has no CUDA kernels"):
         ops.rms_norm(x, weight)
-    assert sim.library.qn_gpu_stream_destroy(ctypes.c_void_p(caller.stream)) == 0
+    caller.close()

@@ -69,7 +69,7 @@ def test_order_of_threads_does_not_matter(sim, rng, seed):
     assert torch.equal(in_order[0], permuted[0]) and torch.equal(in_order[1], permuted[1])
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 def test_traffic(sim, rng, head_dim):
     tokens = 128
     Documents.random(sim, rng, [tokens], 4, 2, head_dim).forward()

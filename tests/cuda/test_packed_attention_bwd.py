@@ -53,7 +53,7 @@ def test_order_of_threads_does_not_matter(sim, rng, seed):
     assert all(torch.equal(a, b) for a, b in zip(in_order, again, strict=True))
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
 def test_traffic(sim, rng, head_dim):
     tokens, heads = 128, 2
     documents = Documents.random(sim, rng, [tokens], heads, 1, head_dim)

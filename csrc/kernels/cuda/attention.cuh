@@ -5,7 +5,8 @@
 // float32 sums; the softmax is online (running maximum and sum per row, in powers of two).
 //
 // Shared-memory rows are padded by 16 bytes, which puts the eight rows that one ldmatrix (bf16) or
-// one load of four bytes per lane (int8) touches into different banks.
+// one load of four bytes per lane (int8) touches into different banks; for_chunks does so for the
+// eight lanes that a copy of 16 bytes each serves at a time.
 #pragma once
 #include "kernels/cuda/kv_pages.cuh"
 
@@ -25,8 +26,28 @@ template <int HeadDim, int Keys>
 struct Int8Tile {
   uint8_t keys[Keys][HeadDim + 16];
   uint8_t values[Keys][HeadDim + 16];
-  float key_scale[Keys], value_scale[Keys];
+  struct {
+    float key[kBlockKeys], value[kBlockKeys];
+  } scales[Keys / kBlockKeys];
 };
+
+/// Calls copy(row, chunk) for every chunk of 16 bytes of Rows rows, a thread's share. Eight threads
+/// beside each other have 128 bytes of a row, or of what is left of a row 64 or 32 bytes, and that
+/// of so many rows, so far apart, that they meet no bank twice: neither where rows are an odd
+/// number of chunks apart, nor with load_neighbour where these are floats.
+template <int Rows, int Chunks, int Threads, int First = 0, class Copy>
+QN_DEV void for_chunks(int thread, const Copy& copy) {
+  if constexpr (First < Chunks) {
+    constexpr int kLeft = Chunks - First, kWidth = kLeft >= 8 ? 8 : kLeft >= 4 ? 4 : 2;
+    static_assert(kLeft % 2 == 0 && Rows % 8 == 0);
+#pragma unroll
+    for (int index = thread; index < Rows * kWidth; index += Threads) {
+      const int group = index / 8, place = index % 8;
+      copy(group / kWidth * 8 + group % kWidth + place / kWidth * kWidth, First + place % kWidth);
+    }
+    for_chunks<Rows, Chunks, Threads, First + kWidth>(thread, copy);
+  }
+}
 
 /// Four signed bytes as two bf16 pairs, exactly: 2^23 + (byte ^ 128) as a float, less its offset.
 QN_DEV void widen4(uint32_t (&pairs)[2], uint32_t bytes) {
@@ -157,22 +178,20 @@ QN_DEV void fetch_block(typename Cache::template Tile<Keys>& tile, int row, cons
   const char* keys = from.keys + slot * kv_row_bytes(kv);
   constexpr int kTileChunks =
       Cache::kStoredDim == Cache::HeadDim ? Cache::kRowChunks : Cache::kRowChunks + 1;
-#pragma unroll
-  for (int i = 0; i < kBlockKeys * kTileChunks / kWarp; ++i) {
-    const int index = lane + i * kWarp;
-    const int key = index / kTileChunks, chunk = index % kTileChunks;
+  for_chunks<kBlockKeys, kTileChunks, kWarp>(lane, [&](int key, int chunk) {
     const bool exists = first + key < limit && chunk < Cache::kRowChunks;
     const char* p = exists ? keys + (key * Cache::kRowChunks + chunk) * 16 : from.keys;
     cp_async16(reinterpret_cast<char*>(&tile.keys[row + key]) + chunk * 16, p, exists);
     cp_async16(reinterpret_cast<char*>(&tile.values[row + key]) + chunk * 16,
                exists ? p + from.value_offset : p, exists);
-  }
+  });
   if constexpr (Cache::kScaled) {
     const int key = lane % kBlockKeys;
     const bool is_value = lane >= kBlockKeys, exists = first + key < limit;
     const int64_t offset =
         from.scale_offset + (slot + key) * 4 + (is_value ? 4 << kv.page_shift : 0);
-    cp_async4(is_value ? &tile.value_scale[row + key] : &tile.key_scale[row + key],
+    auto& scales = tile.scales[row / kBlockKeys];
+    cp_async4(is_value ? &scales.value[key] : &scales.key[key],
               exists ? from.keys + offset : from.keys, exists);
   }
 }
@@ -217,8 +236,9 @@ struct RowState {
     for (int j = 0; j < Blocks * 2; ++j) {
       float factor[2] = {scale, scale};
       if constexpr (Cache::kScaled) {
-        factor[0] *= tile.key_scale[row + j * 8 + column];
-        factor[1] *= tile.key_scale[row + j * 8 + column + 1];
+        const float* scales = tile.scales[row / kBlockKeys + j / 2].key;
+        factor[0] *= scales[j % 2 * 8 + column];
+        factor[1] *= scales[j % 2 * 8 + column + 1];
       }
 #pragma unroll
       for (int e = 0; e < 4; ++e) s[j][e] *= factor[e % 2];
@@ -259,10 +279,11 @@ struct RowState {
 #pragma unroll
     for (int block = 0; block < Blocks; ++block) {
       if constexpr (Cache::kScaled) {
+        const float* scales = tile.scales[row / kBlockKeys + block].value;
 #pragma unroll
-        for (int j = block * 2; j < block * 2 + 2; ++j)
+        for (int j = 0; j < 2; ++j)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) s[j][e] *= tile.value_scale[row + j * 8 + column + e % 2];
+          for (int e = 0; e < 4; ++e) s[block * 2 + j][e] *= scales[j * 8 + column + e % 2];
       }
       const float (&left)[4] = s[block * 2];
       const float (&right)[4] = s[block * 2 + 1];

@@ -96,11 +96,10 @@ __global__ __launch_bounds__(kThreads) void attention_decode_kernel(PagedAttenti
       args.page_table + static_cast<int64_t>(sequence) * args.page_table_stride;
 
   const bf16* q = static_cast<const bf16*>(args.q) + sequence * args.q_stride + head * kHeadDim;
-  for (int index = threadIdx.x; index < kRowTile * kTileChunks; index += kThreads) {
-    const int row = index / kTileChunks, chunk = index % kTileChunks;
+  for_chunks<kRowTile, kTileChunks, kThreads>(threadIdx.x, [&](int row, int chunk) {
     const bool exists = row < rows && chunk < kHeadDim / 8;
     cp_async16(&shared.work.q[row][chunk * 8], exists ? q + row * kHeadDim + chunk * 8 : q, exists);
-  }
+  });
   cp_async_commit();
 
   auto& tiles = shared.work.tile[warp];

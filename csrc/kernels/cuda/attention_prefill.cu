@@ -58,16 +58,13 @@ __global__ __launch_bounds__(kThreads, 2) void attention_prefill_kernel(PagedAtt
   fetch_block<Cache, kKeys>(shared.tile[0], warp * kBlockKeys, args.kv, page_table, kv_head_index,
                             begin + warp * kBlockKeys, end, lane);
   const bf16* q = static_cast<const bf16*>(args.q) + kv_head_index * group * kHeadDim;
-#pragma unroll
-  for (int i = 0; i < kRows * kTileChunks / kThreads; ++i) {
-    const int index = threadIdx.x + i * kThreads;
-    const int row = index / kTileChunks, chunk = index % kTileChunks;
+  for_chunks<kRows, kTileChunks, kThreads>(threadIdx.x, [&](int row, int chunk) {
     const bool exists = first_row + row < rows && chunk < kChunks;
     const int64_t token = first_token + (first_row + row) / group;
     const int head = (first_row + row) % group;
     cp_async16(&shared.start.q[row][chunk * 8],
                exists ? q + token * args.q_stride + head * kHeadDim + chunk * 8 : q, exists);
-  }
+  });
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();
@@ -110,15 +107,15 @@ __global__ __launch_bounds__(kThreads, 2) void attention_prefill_kernel(PagedAtt
   }
   __syncwarp();
   bf16* out = static_cast<bf16*>(args.out) + kv_head_index * group * kHeadDim;
-  for (int index = lane; index < kRowTile * kChunks; index += kWarp) {
-    const int row = warp * kRowTile + index / kChunks, dim = index % kChunks * 8;
-    if (first_row + row >= rows) break;
+  for_chunks<kRowTile, kChunks, kWarp>(lane, [&](int warp_row, int chunk) {
+    const int row = warp * kRowTile + warp_row, dim = chunk * 8;
+    if (first_row + row >= rows) return;
     const int64_t token = first_token + (first_row + row) / group;
     const int head = (first_row + row) % group;
     float v[8];
     load_neighbour(v, &shared.out[row][dim]);
     store(out + token * args.out_stride + head * kHeadDim + dim, v);
-  }
+  });
 }
 
 template <class Cache>

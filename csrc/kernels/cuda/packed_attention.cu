@@ -104,13 +104,13 @@ __global__ __launch_bounds__(kThreads, 2) void packed_attention_kernel(DocumentA
   }
   __syncwarp();
   bf16* out = static_cast<bf16*>(args.out);
-  for (int index = lane; index < kRowTile * kChunks; index += kWarp) {
-    const int row = warp * kRowTile + index / kChunks, dim = index % kChunks * 8;
-    if (first_row + row >= rows) break;
+  for_chunks<kRowTile, kChunks, kWarp>(lane, [&](int warp_row, int chunk) {
+    const int row = warp * kRowTile + warp_row, dim = chunk * 8;
+    if (first_row + row >= rows) return;
     float v[8];
     load_neighbour(v, &shared.out[row][dim]);
     store(out + document.query_offset<HeadDim>(args.out_stride, first_row + row) + dim, v);
-  }
+  });
 }
 
 template <int HeadDim>

@@ -42,14 +42,11 @@ struct Document {
 /// Starts the copies of `Rows` rows, row i from `from` + offset(i); from `limit` on they are zeros.
 template <int HeadDim, int Rows, int Threads, class Offset>
 QN_DEV void copy_tile(bf16 (*to)[HeadDim + 8], const void* from, int limit, const Offset& offset) {
-  constexpr int kChunks = HeadDim / 8;
   const bf16* const base = static_cast<const bf16*>(from);
-#pragma unroll
-  for (int index = threadIdx.x; index < Rows * kChunks; index += Threads) {
-    const int row = index / kChunks, chunk = index % kChunks;
+  for_chunks<Rows, HeadDim / 8, Threads>(threadIdx.x, [&](int row, int chunk) {
     const bool exists = row < limit;
     cp_async16(&to[row][chunk * 8], exists ? base + offset(row) + chunk * 8 : base, exists);
-  }
+  });
 }
 
 /// Calls Run<head_dim>::run(...).
