@@ -1,8 +1,11 @@
 """The functions of ptx.cuh, as the executor carries them out, against independent statements.
 
-Fragment layouts are stated as the PTX ISA does (sections "Matrix Fragments for mma.m16n8k16 with
-floating point type", "... for mma.m16n8k32" and "Warp-level matrix load instruction: ldmatrix"),
-element by element: groupID = lane >> 2, threadID_in_group = lane % 4.
+Fragment layouts are stated as the PTX ISA does, element by element, with groupID = lane >> 2 and
+threadID_in_group = lane % 4, and were compared with its text, versions 9.0 to 9.2
+(https://docs.nvidia.com/cuda/parallel-thread-execution/), chapter "Matrix multiply-accumulate
+operation using mma instruction": "Matrix Fragments for mma.m16n8k16 with floating point type"
+(section 5.8 there), "Matrix Fragments for mma.m16n8k32" and "Warp-level matrix load instruction:
+ldmatrix" (section 5.15).
 """
 
 from __future__ import annotations
@@ -131,7 +134,9 @@ def test_ldmatrix(cases: Simulator, random: np.random.Generator):
     assert cases.call("wrapped_ldmatrix", out, rows) == 0
     result = out.tensor().numpy().view(np.uint32)
     for lane in LANES:
-        # Thread t holds elements 2 (t % 4) and 2 (t % 4) + 1 of row t / 4; with .trans of column.
+        # Lanes 0 to 7 point to the rows of the first matrix, 8 to 15 of the second, and so on. Of
+        # each, lane t holds elements 2 (t % 4) and 2 (t % 4) + 1 of row t / 4, with .trans of column
+        # t / 4.
         row, col = lane // 4, lane % 4 * 2
         straight = [int(m[row, col]) | int(m[row, col + 1]) << 16 for m in matrices]
         turned = [int(m[col, row]) | int(m[col + 1, row]) << 16 for m in matrices]

@@ -35,17 +35,18 @@ struct Int8Tile {
 /// beside each other have 128 bytes of a row, or of what is left of a row 64 or 32 bytes, and that
 /// of so many rows, so far apart, that they meet no bank twice: neither where rows are an odd
 /// number of chunks apart, nor with load_neighbour where these are floats.
-template <int Rows, int Chunks, int Threads, int First = 0, class Copy>
+template <int Rows, int Chunks, int Threads, bool Unrolled = true, int First = 0, class Copy>
 QN_DEV void for_chunks(int thread, const Copy& copy) {
   if constexpr (First < Chunks) {
     constexpr int kLeft = Chunks - First, kWidth = kLeft >= 8 ? 8 : kLeft >= 4 ? 4 : 2;
     static_assert(kLeft % 2 == 0 && Rows % 8 == 0);
-#pragma unroll
+    constexpr int kUnroll = Unrolled ? (Rows * kWidth + Threads - 1) / Threads : 1;
+#pragma unroll kUnroll
     for (int index = thread; index < Rows * kWidth; index += Threads) {
       const int group = index / 8, place = index % 8;
       copy(group / kWidth * 8 + group % kWidth + place / kWidth * kWidth, First + place % kWidth);
     }
-    for_chunks<Rows, Chunks, Threads, First + kWidth>(thread, copy);
+    for_chunks<Rows, Chunks, Threads, Unrolled, First + kWidth>(thread, copy);
   }
 }
 

@@ -107,7 +107,7 @@ __global__ __launch_bounds__(kThreads, 2) void attention_prefill_kernel(PagedAtt
   }
   __syncwarp();
   bf16* out = static_cast<bf16*>(args.out) + kv_head_index * group * kHeadDim;
-  for_chunks<kRowTile, kChunks, kWarp>(lane, [&](int warp_row, int chunk) {
+  for_chunks<kRowTile, kChunks, kWarp, false>(lane, [&](int warp_row, int chunk) {
     const int row = warp * kRowTile + warp_row, dim = chunk * 8;
     if (first_row + row >= rows) return;
     const int64_t token = first_token + (first_row + row) / group;

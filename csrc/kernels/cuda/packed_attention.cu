@@ -104,7 +104,7 @@ __global__ __launch_bounds__(kThreads, 2) void packed_attention_kernel(DocumentA
   }
   __syncwarp();
   bf16* out = static_cast<bf16*>(args.out);
-  for_chunks<kRowTile, kChunks, kWarp>(lane, [&](int warp_row, int chunk) {
+  for_chunks<kRowTile, kChunks, kWarp, false>(lane, [&](int warp_row, int chunk) {
     const int row = warp * kRowTile + warp_row, dim = chunk * 8;
     if (first_row + row >= rows) return;
     float v[8];

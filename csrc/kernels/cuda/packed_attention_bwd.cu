@@ -124,7 +124,7 @@ QN_DEV void store_rows(bf16 (*rows)[HeadDim + 8], const float (&sums)[HeadDim / 
       st4(&rows[lane / 4 + p * 8][j * 8 + lane % 4 * 2],
           pack_bf16(sums[j][p * 2] * factor, sums[j][p * 2 + 1] * factor));
   __syncwarp();
-  for_chunks<kRowTile, HeadDim / 8, kWarp>(lane, [&](int row, int chunk) {
+  for_chunks<kRowTile, HeadDim / 8, kWarp, false>(lane, [&](int row, int chunk) {
     if (row >= count) return;
     st16(static_cast<bf16*>(to) + offset(row) + chunk * 8, ld16(&rows[row][chunk * 8]));
   });
