@@ -135,7 +135,7 @@ def test_ldmatrix(cases: Simulator, random: np.random.Generator):
     result = out.tensor().numpy().view(np.uint32)
     for lane in LANES:
         # Lanes 0 to 7 point to the rows of the first matrix, 8 to 15 of the second, and so on. Of
-        # each, lane t holds elements 2 (t % 4) and 2 (t % 4) + 1 of row t / 4, with .trans of column
+        # each, t holds elements 2 (t % 4) and 2 (t % 4) + 1 of row t / 4, with .trans of column
         # t / 4.
         row, col = lane // 4, lane % 4 * 2
         straight = [int(m[row, col]) | int(m[row, col + 1]) << 16 for m in matrices]

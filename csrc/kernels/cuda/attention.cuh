@@ -40,7 +40,7 @@ QN_DEV void for_chunks(int thread, const Copy& copy) {
   if constexpr (First < Chunks) {
     constexpr int kLeft = Chunks - First, kWidth = kLeft >= 8 ? 8 : kLeft >= 4 ? 4 : 2;
     static_assert(kLeft % 2 == 0 && Rows % 8 == 0);
-    constexpr int kUnroll = Unrolled ? (Rows * kWidth + Threads - 1) / Threads : 1;
+    [[maybe_unused]] constexpr int kUnroll = Unrolled ? (Rows * kWidth + Threads - 1) / Threads : 1;
 #pragma unroll kUnroll
     for (int index = thread; index < Rows * kWidth; index += Threads) {
       const int group = index / 8, place = index % 8;
