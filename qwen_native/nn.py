@@ -27,6 +27,7 @@ from qwen_native.checkpoint import Checkpoint, open_checkpoint
 from qwen_native.config import ModelConfig
 from qwen_native.export import save_folder
 from qwen_native.hub import resolve_model
+from qwen_native.rope import rope_frequencies
 from qwen_native.tensor_names import HF_QWEN, HF_QWEN2
 from qwen_native.tensor_source import TensorSource
 
@@ -95,10 +96,10 @@ class Layout:
         lengths = cu_seqlens.diff()
         extend = extend and bool((lengths > config.seq_length).any())
         if extend and config.use_dynamic_ntk:
-            table = torch.stack([rope_frequencies(config, n) for n in lengths.tolist()])
+            table = torch.stack([_frequencies(config, n) for n in lengths.tolist()])
             angles = places[:, None] * table.to(places.device).repeat_interleave(lengths, 0)
         else:
-            angles = places[:, None] * rope_frequencies(config, 0).to(places.device)
+            angles = places[:, None] * _frequencies(config, 0).to(places.device)
         query_scale = None
         if extend and config.use_logn_attn:
             ratio = torch.log(places.double() + 1) / math.log(config.seq_length)
@@ -108,31 +109,8 @@ class Layout:
 
 
 @functools.lru_cache(maxsize=256)
-def rope_frequencies(config: ModelConfig, length: int) -> Tensor:
-    """Angle per position of each pair of dimensions, [rope_dim / 2], float32, as in the engine.
-
-    Args:
-        config: with YaRN (arXiv 2309.00071) or dynamic NTK, if any.
-        length: of the document, for dynamic NTK; up to `seq_length` it changes nothing.
-    """
-    base, d = config.rope_theta, config.rope_dim
-    if config.use_dynamic_ntk and length > config.seq_length:
-        alpha = 2.0 ** math.ceil(math.log2(length / config.seq_length) + 1.0) - 1.0
-        base *= alpha ** (d / (d - 2))
-    frequencies = (1.0 / base ** (np.arange(0, d, 2) / d)).astype(np.float32)
-    if config.yarn is not None:
-        yarn = config.yarn
-
-        def dimension(rotations: float) -> float:
-            wavelengths = yarn.original_max_position_embeddings / (rotations * 2 * math.pi)
-            return d * math.log(wavelengths) / (2 * math.log(config.rope_theta))
-
-        low = max(math.floor(dimension(yarn.beta_fast)), 0)
-        high = min(math.ceil(dimension(yarn.beta_slow)), d - 1)
-        ramp = ((np.arange(d // 2) - low) / max(high - low, 0.001)).clip(0, 1)
-        kept = frequencies.astype(np.float64)
-        frequencies = (kept / yarn.factor * ramp + kept * (1 - ramp)).astype(np.float32)
-    return torch.from_numpy(frequencies)
+def _frequencies(config: ModelConfig, length: int) -> Tensor:
+    return torch.from_numpy(rope_frequencies(config, length))
 
 
 class Linear(nn.Linear):

@@ -34,6 +34,7 @@ from qwen_native.hub import resolve_model
 from qwen_native.llm import LLM
 from qwen_native.packed import PackedTensor, Progress, write
 from qwen_native.packed_cache import load_tokenizer
+from qwen_native.rope import rope_frequencies
 
 Floats = npt.NDArray[np.float32]
 
@@ -411,25 +412,9 @@ def _rope_table(config: ModelConfig, length: int) -> tuple[Floats, Floats]:
 
     Windows are no longer than Qwen-1's seq_length, where dynamic NTK and LogN do nothing.
     """
-    d = config.rope_dim
-    exponent = np.arange(0, d, 2) / d
-    inverse = config.rope_theta**-exponent
-    factor = 1.0
-    if config.yarn is not None:
-        yarn = config.yarn
-
-        def dimension(rotations: float) -> float:
-            turns = yarn.original_max_position_embeddings / (rotations * 2 * math.pi)
-            return d * math.log(turns) / (2 * math.log(config.rope_theta))
-
-        low = max(math.floor(dimension(yarn.beta_fast)), 0)
-        high: float = min(math.ceil(dimension(yarn.beta_slow)), d - 1)
-        high += 0.001 if low == high else 0
-        ramp = np.clip((np.arange(d // 2) - low) / (high - low), 0, 1)
-        inverse = inverse / yarn.factor * ramp + inverse * (1 - ramp)
-        factor = yarn.attention_factor
-    angles = np.outer(np.arange(length, dtype=np.float32), inverse.astype(np.float32))
-    return np.cos(angles) * np.float32(factor), np.sin(angles) * np.float32(factor)
+    angles = np.outer(np.arange(length, dtype=np.float32), rope_frequencies(config))
+    factor = np.float32(config.yarn.attention_factor if config.yarn is not None else 1.0)
+    return np.cos(angles) * factor, np.sin(angles) * factor
 
 
 @dataclass(frozen=True)

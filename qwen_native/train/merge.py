@@ -15,7 +15,7 @@ from qwen_native.train.lora import load_adapter, lora_layers, merge
 _EPILOG = """examples:
   qwen-native train merge runs/sft_lora/model demo merged
   qwen-native train merge adapter Qwen/Qwen2.5-0.5B-Instruct merged --dtype f32
-  qwen-native chat merged
+  qwen-native chat --model merged
 
 An adapter that was trained on a quantised base (QLoRA) is merged into the unrounded one: name that.
 """

@@ -81,7 +81,7 @@ class PpoOptions:
         pretraining_coefficient: of the pretraining loss that is added to the policy's; 0 = none.
         pretraining_shards: token shards (`qwen-native train tokenize`) for it.
         critic: folder of a reward model or critic that the critic begins as; default: the reward
-            model, if there is one and it is not memory-lean, else the policy with a new head.
+            model, if there is one and it is not memory-lean, else the policy with a head of zeros.
     """
 
     kl_coefficient: float = 0.04
@@ -274,7 +274,7 @@ def open_critic(config: PpoConfig, policy: Qwen, say: Callable[[str], None]) -> 
             lora.quantize_base(policy, config.lora.quantize)
         if options.critic is None:
             lora.add_adapter(policy, config.lora, CRITIC)
-            critic = ScalarModel(policy, CRITIC)
+            critic = _beginner(ScalarModel(policy, CRITIC))
         else:
             folder = Path(options.critic)
             critic = ScalarModel.load(folder, shared=policy, adapter=CRITIC)
@@ -283,8 +283,14 @@ def open_critic(config: PpoConfig, policy: Qwen, say: Callable[[str], None]) -> 
         return critic
     path = options.critic or config.reward.model
     if path is None:
-        return ScalarModel(copy_of(policy))
+        return _beginner(ScalarModel(copy_of(policy)))
     return ScalarModel.load(Path(path), dtype, config.model.kernels)
+
+
+def _beginner(critic: ScalarModel) -> ScalarModel:
+    """The critic with values of 0: random ones, far from any reward, would take long to unlearn."""
+    nn.init.zeros_(critic.score)
+    return critic
 
 
 def main(argv: Sequence[str]) -> int:

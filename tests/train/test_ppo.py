@@ -11,7 +11,15 @@ from train.test_grpo import lower_case, prompts
 from qwen_native.train import lora, rl
 from qwen_native.train.data import Batch, Sample
 from qwen_native.train.metrics import Metrics
-from qwen_native.train.ppo import CRITIC, PpoConfig, PpoOptions, PpoTrainer
+from qwen_native.train.ppo import (
+    CRITIC,
+    PpoConfig,
+    PpoOptions,
+    PpoTrainer,
+    open_critic,
+    target_values,
+)
+from qwen_native.train.preference import answer_sample
 from qwen_native.train.scalar import ScalarModel
 
 
@@ -195,3 +203,14 @@ def test_the_kl_penalty_holds_the_policy(tmp_path):
         trainer(tmp_path / name, 8, kl_coefficient=coefficient).train()
         ends.append(tiny.metrics_of(tmp_path / name, "kl")[-1])
     assert ends[1] < ends[0] / 3
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_a_new_critic_begins_at_zero(tmp_path, lean):
+    adapter = lora.LoraOptions(rank=2, dropout=0.0) if lean else None
+    config = PpoConfig(
+        tiny.MODEL, rl.PromptOptions(()), rl.RewardOptions(verifier="number"), tiny.optim(1.0),
+        tiny.optim(1.0), tiny.run_options(tmp_path, 1, 1), lora=adapter,
+    )  # fmt: skip
+    critic = open_critic(config, tiny.model(), lambda text: None)
+    assert not target_values(critic, [answer_sample([1, 2], [3, 4])]).any()
