@@ -209,8 +209,8 @@ class GpuTensor(torch.Tensor):
                 return value
 
         def on_device(x: Any) -> Any:
-            if not isinstance(x, torch.Tensor):
-                return x
+            if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
+                return x  # torch alone has sparse gradients
             if x.untyped_storage().data_ptr() in owned:
                 return cls(gpu, x)
             if func._schema.name.startswith(("aten::new_empty", "aten::empty")):
