@@ -342,28 +342,27 @@ class Qwen(_Named):
         checkpoint = open_checkpoint(resolve_model(path))
         with torch.device("meta"):
             model = cls(checkpoint.config, kernels)
-        model.to(dtype).to_empty(device="cpu")
+        model.to(dtype)
         model.source = checkpoint
-        parameters = dict(model.named_parameters())
-        missing = {name: parameter.shape[0] for name, parameter in parameters.items()}
+        missing = {name: parameter.shape[0] for name, parameter in model.named_parameters()}
         names = HF_QWEN if checkpoint.config.architecture == "qwen" else HF_QWEN2
         with torch.no_grad():
             # A fused projection comes as three sources in the order of its rows.
             for canonical, source in checkpoint.tensors.items():
                 name, _ = names.source(canonical)
-                parameter, rows = parameters[name], source.shape[0]
+                owner, _, kind = name.rpartition(".")
+                module = model.get_submodule(owner)
+                if getattr(module, kind).is_meta:
+                    module.to_empty(device="cpu")
+                parameter, rows = getattr(module, kind), source.shape[0]
                 begin = parameter.shape[0] - missing[name]
                 parameter[begin : begin + rows] = torch.from_numpy(_decode(source))
                 missing[name] -= rows
                 checkpoint.release(source)
-                owner = name.rpartition(".")[0]
-                module = model.get_submodule(owner)
                 parts = [f"{owner}.{part}" for part, _ in module.named_parameters()]
                 if convert and isinstance(module, Linear) and not any(missing[n] for n in parts):
-                    for part in parts:
-                        del parameters[part]
                     model.set_submodule(owner, convert(module))
-                    del module, parameter
+                del module, parameter  # whose memory the next ones use
         return model
 
     def save(self, folder: str | Path) -> None:
