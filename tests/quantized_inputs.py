@@ -4,6 +4,7 @@ int8 as the kernels round them; for the tests of linear and mlp."""
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import quant_reference
 import torch
 
@@ -18,7 +19,30 @@ class Weight:
         parts = quant_reference.quantize(fmt, values)
         self.packed = ops.PackedWeight(quant_reference.pack(fmt, parts), fmt, rows, cols)
         self.values = torch.from_numpy(quant_reference.dequantize(fmt, parts)[:rows, :cols].copy())
-        self.fold_scale = torch.from_numpy(parts.fold_scale[:rows].astype(np.float64))
+        self.fold_step = torch.from_numpy(fold_step(fmt, parts)[:rows])
+        self.folded = torch.from_numpy(folded(fmt, parts)[:rows, :cols].copy())
+
+
+def fold_step(fmt: str, parts: quant_reference.Parts) -> npt.NDArray[np.float64]:
+    """What a step of each row's int8 weights is worth in the folded kernels."""
+    step = parts.fold_scale.astype(np.float64)
+    if fmt != "int4":
+        return step
+    # A scale in sixteenths of a step has to fit a byte, a min 16 bits with 8 for fractions.
+    return np.maximum(step, np.maximum(parts.row_scale * 255 / 15.87, parts.row_min * 1.001))
+
+
+def folded(fmt: str, parts: quant_reference.Parts) -> npt.NDArray[np.float64]:
+    """The weights as int8 with one scale per row; scales of int4 in sixteenths of its step."""
+    step = fold_step(fmt, parts)[:, None]
+    safe = np.where(step > 0, step, 1.0)
+    if fmt != "int4":
+        return np.rint(quant_reference.dequantize(fmt, parts) / safe) * step
+    scale = (parts.row_scale[:, None] * parts.scale.astype(np.float64) / safe)[:, :, None]
+    least = (parts.row_min[:, None] * parts.min.astype(np.float64) / safe)[:, :, None]
+    centred = parts.codes.astype(np.float64) - 8
+    steps = np.rint(np.rint(16 * scale) / 16 * centred + 8 * scale - least)
+    return steps.reshape(len(steps), -1) * step
 
 
 def block_cols(fmt: str, cols: int) -> int:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import quant_reference
 import torch
-from quantized_inputs import Weight, block_cols, quantized
+from quantized_inputs import Weight, block_cols, fold_step, quantized
 from tolerance import assert_contraction
 
 from qwen_native import _C, ops
@@ -185,21 +186,45 @@ def test_error_of_quantised_activations_is_bounded(isa, rng, tokens, fmt):
 def test_folded_error_is_bounded(isa, rng, tokens, rows, cols, fmt):
     """Where int4 takes the folded kernel, rounding twice costs what the steps predict.
 
-    A folded weight is off by at most half a step of fold_scale, and 15/256 + 1/256 of a step for
-    the seven fraction bits of the scale and min that it is computed from; x by half a step of its
-    block of 1024. Independent uniform errors have a variance of step^2 / 12.
+    A folded weight is off by at most half a step, and by what the fraction bits of its scale and
+    min leave: with int4_symmetric 15/256 + 1/256 of a step for seven bits; with int4 8/32, for four
+    bits and codes up to 8 from the middle, and some 256ths for eight bits. x is off by half a step
+    of its block of 1024. Independent uniform errors have a variance of step^2 / 12.
     """
     x, weight = outlier_input(rng, tokens, cols), Weight(rng, fmt, rows, cols)
     out = linear(x, weight, invariant=False)
     error = out.double() - x.double() @ weight.values.T
     _, step = quantized(x, 1024 if isa == "amx" else 32)
     w, wide = weight.values.abs(), x.double().abs()
-    worst = (wide + step / 2) @ torch.ones_like(w).T * weight.fold_scale * (0.5 + 16 / 256)
+    of_step = 0.5 + (16 / 256 if fmt == "int4_symmetric" else 8 / 32 + 4 / 256)
+    worst = (wide + step / 2) @ torch.ones_like(w).T * weight.fold_step * of_step
     worst += step / 2 @ w.T + cols * 2.0**-23 * (wide @ w.T)
     assert (error.abs() <= worst).all()
-    variance = wide.square().sum(1, keepdim=True) * weight.fold_scale.square() / 12
+    variance = wide.square().sum(1, keepdim=True) * weight.fold_step.square() / 12
     variance = variance + step.square() / 12 @ w.square().T
     assert error.square().mean().sqrt() <= 1.2 * variance.mean().sqrt()
+
+
+@pytest.mark.parametrize("tokens", [8, 40])
+@pytest.mark.parametrize("code,scale,least", [(7, 250, 233), (15, 130, 255), (0, 250, 20)])
+def test_folded_codes_that_do_not_occur(isa, rng, tokens, code, scale, least):
+    """A group of two codes whose others stand for weights far beyond the largest of the row."""
+    rows, cols = 35, 96
+    parts = quant_reference.quantize("int4", torch.randn((rows, cols), generator=rng).numpy())
+    parts.scale //= 16
+    parts.min //= 16
+    parts.scale[:rows, 1], parts.min[:rows, 1] = scale, least
+    parts.codes[:, 1] = code
+    parts.codes[:, 1, ::3] = code ^ 1
+    values = quant_reference.dequantize("int4", parts)
+    parts.fold_scale = (np.abs(values).max(-1) / 127).astype(np.float32)
+    packed = ops.PackedWeight(quant_reference.pack("int4", parts), "int4", rows, cols)
+    w, x = torch.from_numpy(values[:rows, :cols].copy()), torch.randn((tokens, cols), generator=rng)
+    out = ops.linear(x, packed, invariant=False)
+    wide, step = quantized(x, 1024 if isa == "amx" else 32)
+    of_weights = torch.from_numpy(fold_step("int4", parts)[:rows]) * (0.75 + 4 / 256)
+    worst = (wide.abs() + step / 2) @ of_weights.expand(cols, rows) + step / 2 @ w.abs().T
+    assert ((out.double() - x.double() @ w.T).abs() <= worst + 1e-5 * worst.max()).all()
 
 
 @pytest.mark.parametrize("fmt", ["int4_symmetric", "int4"])

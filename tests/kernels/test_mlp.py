@@ -28,12 +28,6 @@ def matrices(rng, fmt, inter, hidden, hidden_out):
     return [Weight(rng, fmt, rows, cols, cols**-0.5) for rows, cols in shapes]
 
 
-def folded_values(weight: Weight) -> torch.Tensor:
-    """The weight rounded to int8 with one scale per row."""
-    step = torch.where(weight.fold_scale > 0, weight.fold_scale, 1.0)[:, None]
-    return torch.round(weight.values / step) * step
-
-
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("tokens", [1, 5, 8, 33])
 @pytest.mark.parametrize("inter,hidden", [(95, 70), (600, 540)])
@@ -73,8 +67,8 @@ def test_float_weights(isa, rng, tokens):
 )
 def test_folded(isa, rng, fmt, tokens, inter, hidden):
     """Against the product of the packed weights the folded path's roundings cost a few percent;
-    against one with these roundings made in float64 what is left are codes on the edge of a step
-    (the kernel computes the weights' with seven fraction bits)."""
+    against one with these roundings made in float64 what is left are codes on the edge of a
+    step."""
     gate, up, down = matrices(rng, fmt, inter, hidden, 45)
     x = torch.randn((tokens, hidden), generator=rng)
     out = ops.mlp(torch.zeros((tokens, 45)), x, gate.packed, up.packed, down.packed)
@@ -82,9 +76,9 @@ def test_folded(isa, rng, fmt, tokens, inter, hidden):
     assert relative_error(out, exact @ down.values.T) < 0.03
     if isa == "amx":
         wide, _ = quantized(x, 1024)
-        inner = silu(wide @ folded_values(gate).T) * (wide @ folded_values(up).T)
+        inner = silu(wide @ gate.folded.T) * (wide @ up.folded.T)
         inner, _ = quantized(inner.float(), INNER_BLOCK)
-        assert relative_error(out, inner @ folded_values(down).T) < 0.015
+        assert relative_error(out, inner @ down.folded.T) < 0.015
 
 
 @pytest.mark.parametrize(

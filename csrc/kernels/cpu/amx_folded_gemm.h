@@ -2,9 +2,8 @@
 // activations, with the float work spread between the tile products. Level amx only.
 //
 //   weight  int8, one scale per row. Int8 panels are tiles as they lie. 4-bit ones are
-//           w8 = round(weight / fold_scale), unpacked to [step of 64 columns][side][16][64] before
-//           the products: spread between them the unpacking costs three times as much, because its
-//           stores delay the tile loads
+//           w8 = round(weight / scale), unpacked to [step of 64 columns][side][16][64]; for many
+//           tokens before the products, for up to 32 (multiply_few) two steps ahead of them
 //   x       int8, one scale per token and block of columns (FoldedActivations)
 //   y       sum over the blocks of x scale * int32 sum, given to a Sink, which multiplies by the
 //           rows' scales; the float operations are those of gemm_int8.cpp, in the same order
@@ -39,11 +38,22 @@ struct HalfPanel {
   int half;
   WeightFormat format;
 
+  /// What an int8 weight of each row is worth. With Int4 this exceeds fold_scale in rows where
+  /// codes that do not occur stand for weights beyond what Int4Half can multiply.
   QN_INLINE __m512 scale() const {
-    const float* scales = format == WeightFormat::Int8
-                              ? reinterpret_cast<const Int8PanelHeader*>(packed)->row_scale
-                              : reinterpret_cast<const PanelHeader*>(packed)->fold_scale;
-    return _mm512_loadu_ps(scales + kHalfPanelRows * half);
+    const auto of_rows = [this](const float* rows, float factor) {
+      return _mm512_mul_ps(_mm512_loadu_ps(rows + kHalfPanelRows * half), _mm512_set1_ps(factor));
+    };
+    if (format == WeightFormat::Int8) {
+      return of_rows(reinterpret_cast<const Int8PanelHeader*>(packed)->row_scale, 1.0f);
+    }
+    const PanelHeader* header = reinterpret_cast<const PanelHeader*>(packed);
+    __m512 scale = of_rows(header->fold_scale, 1.0f);
+    if (format == WeightFormat::Int4) {
+      scale = _mm512_max_ps(scale, of_rows(header->row_scale, 255.0f / 15.87f));
+      scale = _mm512_max_ps(scale, of_rows(header->row_min, 1.001f));
+    }
+    return scale;
   }
   /// Int8 only: [step] tiles, kStepBytes apart.
   QN_INLINE const int8_t* tiles() const {
@@ -55,57 +65,122 @@ struct PanelPair {
   HalfPanel side[2];
 };
 
-/// Sixteen rows of a packed 4-bit panel as int8 tiles, [step of 64 columns][16][64], kStepBytes
-/// between the steps.
-template <bool has_min>
-QN_INLINE void unpack_half(const HalfPanel& half, int64_t groups, int8_t* out) {
-  // Codes times 128 * scale / fold_scale, in 16 bits: seven fraction bits until the rounding.
-  const PanelHeader* header = reinterpret_cast<const PanelHeader*>(half.packed);
-  const int first = half.half * static_cast<int>(kHalfPanelRows);
-  const __m512 fold = half.scale();
-  const __mmask16 used = _mm512_cmp_ps_mask(fold, _mm512_setzero_ps(), _CMP_GT_OQ);
-  const __m512 inverse = _mm512_maskz_div_ps(used, _mm512_set1_ps(128.0f), fold);
-  const __m512 row_scale =
-      has_min ? _mm512_mul_ps(inverse, _mm512_loadu_ps(header->row_scale + first)) : inverse;
-  const __m512 row_min = _mm512_mul_ps(inverse, _mm512_loadu_ps(header->row_min + first));
-  const auto fixed_point = [](Vec value, __m512 factor) {
-    return _mm512_cvtps_epi32(_mm512_mul_ps(value.v, factor));
-  };
-  const auto both_words = [](__m512i x) {
-    return _mm512_mask_blend_epi16(0xAAAAAAAAu, x, _mm512_slli_epi32(x, 16));
-  };
-  const __m512i nibble = _mm512_set1_epi16(15), rounding = _mm512_set1_epi32(64);
-  const __mmask64 odd_bytes = 0xAAAAAAAAAAAAAAAAull;
+/// 1 / scale, or 0 for a row of zeros.
+QN_INLINE __m512 inverse_or_zero(__m512 scale) {
+  const __mmask16 used = _mm512_cmp_ps_mask(scale, _mm512_setzero_ps(), _CMP_GT_OQ);
+  return _mm512_maskz_div_ps(used, _mm512_set1_ps(1.0f), scale);
+}
 
+/// A number below 2^16 in both words of its lane.
+QN_INLINE __m512i in_both_words(__m512i x) {
+  return _mm512_mask_blend_epi16(0xAAAAAAAAu, x, _mm512_slli_epi32(x, 16));
+}
+
+constexpr __mmask64 kOddBytes = 0xAAAAAAAAAAAAAAAAull;
+
+/// Sixteen rows of an Int4 panel, unpacked to int8 group by group.
+///
+///   w8 = round(f / 16 * (code - 8) + middle),  f = round(16 * weight scale / row's int8 scale)
+///
+/// in words with eight fraction bits. Code 8, the middle of the range, is exact; the others are off
+/// by up to 1/32 of a step of w8 for each step of code. f fits a byte, so that vpmaddubsw takes the
+/// codes where they lie, in the upper half of their byte.
+class Int4Half {
+ public:
+  Int4Half() = default;
+  QN_INLINE explicit Int4Half(const HalfPanel& half) {
+    const PanelHeader* header = reinterpret_cast<const PanelHeader*>(half.packed);
+    const int first = half.half * static_cast<int>(kHalfPanelRows);
+    const __m512 inverse = inverse_or_zero(half.scale());
+    const auto row_factor = [&](const float* row, float unit) {
+      const __m512 factor = _mm512_mul_ps(_mm512_loadu_ps(row + first), inverse);
+      return in_both_words(_mm512_cvtps_epi32(_mm512_mul_ps(factor, _mm512_set1_ps(unit))));
+    };
+    // times_bytes divides by 256.
+    eight_scales_ = row_factor(header->row_scale, 256.0f * 8 * 256);
+    min_ = row_factor(header->row_min, 256.0f * 256);
+    scales_ = half.packed + sizeof(PanelHeader) + first;
+    codes_ = half.packed + sizeof(PanelHeader) + kScaleBytes + 256 * half.half;
+  }
+
+  /// The next 32 columns, 512 bytes.
+  QN_INLINE void next(int8_t* out) {
+    for (int i = 0; i < 256; i += 64) __builtin_prefetch(codes_ + kFoldedPrefetchBytes + i, 0, 3);
+    const __m512i eight_steps = times_bytes(scales_, eight_scales_);
+    const __m512i even = _mm512_srli_epi16(_mm512_add_epi16(eight_steps, _mm512_set1_epi16(64)), 7);
+    const __m512i odd = _mm512_slli_epi16(even, 8);
+    const __m512i half = _mm512_set1_epi16(128);  // for the rounding
+    const __m512i middle = _mm512_sub_epi16(_mm512_add_epi16(eight_steps, half),
+                                            times_bytes(scales_ + kPanelRows, min_));
+    const auto fold = [&](__m512i upper_nibbles) {
+      const __m512i codes = _mm512_ternarylogic_epi32(
+          upper_nibbles, _mm512_set1_epi8(static_cast<char>(0xF0)),
+          _mm512_set1_epi8(static_cast<char>(0x80)), (0xF0 & 0xCC) ^ 0xAA);  // 16 * (code - 8)
+      const __m512i low = _mm512_add_epi16(_mm512_maddubs_epi16(even, codes), middle);
+      const __m512i high = _mm512_add_epi16(_mm512_maddubs_epi16(odd, codes), middle);
+      return _mm512_mask_blend_epi8(kOddBytes, _mm512_srli_epi16(low, 8), high);
+    };
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const __m512i both = _mm512_loadu_si512(codes_ + 64 * i);
+      _mm512_store_si512(out + 128 * i, fold(_mm512_slli_epi16(both, 4)));
+      _mm512_store_si512(out + 128 * i + 64, fold(both));
+    }
+    scales_ += kInt4BlockBytes;
+    codes_ += kInt4BlockBytes;
+  }
+
+ private:
+  /// Sixteen bytes times a factor / 256, in both words.
+  static QN_INLINE __m512i times_bytes(const uint8_t* bytes, __m512i factor) {
+    const __m512i rows = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i to_upper_bytes = _mm512_add_epi32(
+        _mm512_set1_epi32(0x00800080), _mm512_mullo_epi32(rows, _mm512_set1_epi32(0x01000100)));
+    const __m128i sixteen = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+    return _mm512_mulhi_epu16(_mm512_shuffle_epi8(_mm512_broadcast_i32x4(sixteen), to_upper_bytes),
+                              factor);
+  }
+
+  __m512i eight_scales_, min_;
+  const uint8_t *scales_ = nullptr, *codes_ = nullptr;
+};
+
+/// Sixteen rows of an Int4 panel as tiles.
+QN_INLINE void unpack_int4(const HalfPanel& half, int64_t groups, int8_t* out) {
+  Int4Half rest(half);
+  for (int64_t g = 0; g < groups; ++g) rest.next(out + g / 2 * kStepBytes + g % 2 * 512);
+}
+
+/// The same of Int4Symmetric, whose scales have signs: in words with seven fraction bits, as has
+/// the factor.
+QN_INLINE void unpack_int4_symmetric(const HalfPanel& half, int64_t groups, int8_t* out) {
+  const int first = half.half * static_cast<int>(kHalfPanelRows);
+  const __m512 inverse = _mm512_mul_ps(inverse_or_zero(half.scale()), _mm512_set1_ps(128.0f));
+  const __m512i nibble = _mm512_set1_epi16(15), rounding = _mm512_set1_epi32(64);
   for (int64_t g = 0; g < groups; ++g) {
     const uint8_t* block = half.packed + sizeof(PanelHeader) + g * kInt4BlockBytes;
     const uint8_t* codes = block + kScaleBytes + 256 * half.half;
     for (int i = 0; i < 256; i += 64) __builtin_prefetch(codes + kFoldedPrefetchBytes + i, 0, 3);
-    __m512i factor, offset;
-    if constexpr (has_min) {
-      factor = fixed_point(load_bytes(block + first), row_scale);
-      offset = _mm512_sub_epi32(fixed_point(load_bytes(block + 32 + first), row_min), rounding);
-    } else {
-      factor = fixed_point(load_halfs(block + 2 * first), row_scale);
-      offset = _mm512_sub_epi32(_mm512_slli_epi32(factor, 3), rounding);
-    }
-    factor = both_words(factor);
-    offset = both_words(offset);
+    const __m512i row_factor =
+        _mm512_cvtps_epi32(_mm512_mul_ps(load_halfs(block + 2 * first).v, inverse));
+    const __m512i factor = in_both_words(row_factor);
+    const __m512i offset =
+        in_both_words(_mm512_sub_epi32(_mm512_slli_epi32(row_factor, 3), rounding));
     // Results are modulo 2^16; those of codes that occur fit, whatever factor and offset are.
-    const auto fold_codes = [&](__m512i even, __m512i odd) {
+    const auto fold = [&](__m512i even, __m512i odd) {
       even = _mm512_sub_epi16(_mm512_mullo_epi16(even, factor), offset);
       odd = _mm512_sub_epi16(_mm512_mullo_epi16(odd, factor), offset);
-      return _mm512_mask_blend_epi8(odd_bytes, _mm512_srli_epi16(even, 7),
+      return _mm512_mask_blend_epi8(kOddBytes, _mm512_srli_epi16(even, 7),
                                     _mm512_slli_epi16(odd, 1));
     };
     int8_t* tile = out + g / 2 * kStepBytes + g % 2 * 512;
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const __m512i v = _mm512_loadu_si512(codes + 64 * i);
-      const __m512i low = fold_codes(_mm512_and_si512(v, nibble),
-                                     _mm512_and_si512(_mm512_srli_epi16(v, 8), nibble));
+      const __m512i low =
+          fold(_mm512_and_si512(v, nibble), _mm512_and_si512(_mm512_srli_epi16(v, 8), nibble));
       const __m512i high =
-          fold_codes(_mm512_and_si512(_mm512_srli_epi16(v, 4), nibble), _mm512_srli_epi16(v, 12));
+          fold(_mm512_and_si512(_mm512_srli_epi16(v, 4), nibble), _mm512_srli_epi16(v, 12));
       _mm512_store_si512(tile + 128 * i, low);
       _mm512_store_si512(tile + 128 * i + 64, high);
     }
@@ -116,9 +191,9 @@ QN_INLINE void unpack_half(const HalfPanel& half, int64_t groups, int8_t* out) {
 QN_INLINE const int8_t* tiles_of(const HalfPanel& half, int64_t groups, int8_t* out) {
   if (half.format == WeightFormat::Int8) return half.tiles();
   if (half.format == WeightFormat::Int4) {
-    unpack_half<true>(half, groups, out);
+    unpack_int4(half, groups, out);
   } else {
-    unpack_half<false>(half, groups, out);
+    unpack_int4_symmetric(half, groups, out);
   }
   return out;
 }
@@ -154,11 +229,23 @@ struct ResidentPair {
   __m512 scale[2];
 };
 
+using FoldedTotals = float[32][2][16];  // [token][side][row]
+
+/// Steps in the ring of multiply_few.
+constexpr int64_t kRingSteps = 4;
+
 /// What a thread needs beside the unpacked pairs, which follow it.
 struct FoldedStaging {
+  struct Few {
+    FoldedTotals totals;
+    int8_t ring[kRingSteps * kStepBytes];
+  };
   alignas(64) int32_t sums[2][32][2][16];  // by turns [token][side][row]
   ResidentPair pairs[kFoldedPairs];
-  alignas(64) float totals[kFoldedPairs][32][2][16];
+  union alignas(64) {
+    FoldedTotals totals[kFoldedPairs];
+    Few few;
+  };
 };
 static_assert(sizeof(FoldedStaging) <= kFoldedStagingBytes, "ops reserve too little");
 
@@ -330,6 +417,122 @@ QN_INLINE void multiply_residents(const FoldedActivations& x, int64_t cols, int6
   }
 }
 
+/// The tiles of the Int4 pairs pair_at(begin), ..., pair_at(end - 1), unpacked one after the other
+/// into a ring of steps, a quarter of a step at a time.
+template <class PairAt>
+class UnpackedSteps {
+ public:
+  QN_INLINE UnpackedSteps(const PairAt& pair_at, int64_t begin, int64_t end, int64_t cols,
+                          int8_t* ring)
+      : pair_at_(pair_at),
+        pair_(begin),
+        end_(end),
+        groups_(group_count(cols)),
+        ring_(ring),
+        out_(ring) {}
+
+  QN_INLINE void quarter(int number) {
+    if (pair_ == end_) return;
+    if (group_ == 0 && number == 0) {
+      const PanelPair pair = pair_at_(pair_);
+      for (int s = 0; s < 2; ++s) side_[s] = Int4Half(pair.side[s]);
+    }
+    const int s = number % 2, second = number / 2;
+    int8_t* out = out_ + s * kTileBytes + second * 512;
+    if (group_ + second < groups_) {
+      side_[s].next(out);
+    } else {
+      memset(out, 0, 512);
+    }
+    if (number < 3) return;
+    out_ = out_ == ring_ + (kRingSteps - 1) * kStepBytes ? ring_ : out_ + kStepBytes;
+    group_ += 2;
+    if (group_ < groups_) return;
+    group_ = 0;
+    ++pair_;
+  }
+
+ private:
+  const PairAt& pair_at_;
+  int64_t pair_, end_, groups_, group_ = 0;
+  int8_t *ring_, *out_;
+  Int4Half side_[2];
+};
+
+/// multiply_pairs for Int4 pairs and up to 32 tokens, 16 unless `two`. A pair serves them once, so
+/// unpacking is what takes the time. It goes on between the tile instructions, which would hold up
+/// everything behind them if they followed one another (see multiply_block), two steps ahead, so
+/// that its stores are in L1 when the tiles are loaded.
+template <bool two, class PairAt, class Sink>
+QN_INLINE void multiply_few(const FoldedActivations& x, int64_t cols, int64_t first, int64_t last,
+                            int64_t begin, int64_t end, FoldedStaging* staging, PairAt&& pair_at,
+                            Sink& sink) {
+  constexpr int64_t kAhead = 2;
+  constexpr int kStride = sizeof(staging->sums[0][0]);
+  const int64_t steps = folded_cols(cols) / kFoldedTileCols;
+  const int64_t blocks = x.blocks(cols), steps_per_block = x.block_cols / kFoldedTileCols;
+  int8_t* const ring = staging->few.ring;
+  UnpackedSteps unpacked(pair_at, begin, end, cols, ring);
+  for (int64_t i = 0; i < 4 * kAhead; ++i) unpacked.quarter(static_cast<int>(i % 4));
+
+  FoldedEpilogue<Sink> epilogue;
+  int turn = 0;
+  int64_t at = 0;
+  sink.start_pairs(end);
+  sink.start_tokens(first);
+  for (int64_t p = begin; p < end; ++p) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t step = block * steps_per_block;
+      const int64_t block_end = step + steps_per_block < steps ? step + steps_per_block : steps;
+      const FoldedRow row = folded_row(x, cols, first);
+      const FoldedRow next_row = two ? folded_row(x, cols, first + kTokenTile) : row;
+      _tile_zero(0);
+      _tile_zero(1);
+      if constexpr (two) {
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+      for (int64_t s = step; s < block_end; ++s) {
+        const int8_t* w = ring + at % kRingSteps * kStepBytes;
+        ++at;
+        _tile_loadd(4, row.codes + s * row.step, 64);
+        _tile_loadd(6, w, 64);
+        unpacked.quarter(0);
+        _tile_dpbssd(0, 4, 6);
+        _tile_loadd(6, w + kTileBytes, 64);
+        unpacked.quarter(1);
+        _tile_dpbssd(1, 4, 6);
+        if constexpr (two) _tile_loadd(4, next_row.codes + s * next_row.step, 64);
+        unpacked.quarter(2);
+        if constexpr (two) {
+          _tile_dpbssd(3, 4, 6);
+          _tile_loadd(6, w, 64);
+        }
+        unpacked.quarter(3);
+        if constexpr (two) _tile_dpbssd(2, 4, 6);
+        if (s == step) epilogue.rest(sink);
+      }
+      auto& sums = staging->sums[turn];
+      turn = 1 - turn;
+      _tile_stored(0, sums[0][0], kStride);
+      _tile_stored(1, sums[0][1], kStride);
+      if constexpr (two) {
+        _tile_stored(2, sums[16][0], kStride);
+        _tile_stored(3, sums[16][1], kStride);
+      }
+      epilogue.start(x, first, last, block, blocks, sums, staging->few.totals);
+      if (block + 1 == blocks) {
+        const PanelPair pair = pair_at(p);
+        const __m512 scale[2] = {pair.side[0].scale(), pair.side[1].scale()};
+        sink.prepare(p, first, last);
+        sink.start(p, scale);
+      }
+    }
+  }
+  epilogue.rest(sink);
+  sink.finish_tokens(first, last);
+}
+
 /// The pairs pair_at(begin), ..., pair_at(end - 1), rows of `cols` columns, times the tokens
 /// [first, last) of x; first is a multiple of 32.
 template <class PairAt, class Sink>
@@ -338,6 +541,15 @@ QN_INLINE void multiply_pairs(const FoldedActivations& x, int64_t cols, int64_t 
                               Sink& sink) {
   const int64_t groups = group_count(cols), steps = folded_cols(cols) / kFoldedTileCols;
   int8_t* const unpacked = reinterpret_cast<int8_t*>(staging) + kFoldedStagingBytes;
+  if (last - first <= 2 * kTokenTile && begin < end) {
+    const PanelPair pair = pair_at(begin);
+    if (pair.side[0].format == WeightFormat::Int4 && pair.side[1].format == WeightFormat::Int4) {
+      if (last - first > kTokenTile) {
+        return multiply_few<true>(x, cols, first, last, begin, end, staging, pair_at, sink);
+      }
+      return multiply_few<false>(x, cols, first, last, begin, end, staging, pair_at, sink);
+    }
+  }
   const int64_t residents = folded_residents(cols, last - first);
   const int64_t passes = (end - begin + residents - 1) / residents;
   const int64_t per_pass = (end - begin + passes - 1) / passes;
