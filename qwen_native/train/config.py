@@ -165,8 +165,8 @@ class RunOptions:
         seed: of parameters, data order and dropout.
         save_every: steps between checkpoints; 0: only at the end.
         keep_checkpoints: the newest ones that stay.
-        eval_every: steps between evaluations of the validation data, if there is any; 0: at the
-            end only.
+        eval_every: steps between evaluations of the validation data, if there is any, the first one
+            before any step; 0: at the end only.
         tensorboard: also write TensorBoard events.
     """
 

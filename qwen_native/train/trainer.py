@@ -96,6 +96,8 @@ class Trainer:
         run, progress = self.run, self.progress
         self.model.train()
         with self.metrics.showing(self.steps, progress.step):
+            if run.eval_every and progress.step == 0:
+                self._evaluate()
             while progress.step < self.steps:
                 self._step()
                 last = progress.step == self.steps

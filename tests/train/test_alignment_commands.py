@@ -154,7 +154,10 @@ def test_a_reward_model_and_ppo_with_it(place):
     options = [
         f"reward.model={run / 'model'}", "value_optim.learning_rate=1e-3", "ppo.value_warmup=1",
         "ppo.minibatches=2", "rollout.max_new_tokens=4", "rollout.threads=1",
+        "ppo.pretraining_coefficient=0.5", f"ppo.pretraining_shards={place / 'shards'}",
     ]  # fmt: skip
+    text = [str(RECIPES / "sft.yaml"), f"--model={place / 'base'}"]
+    assert main(["tokenize", str(place / "shards"), *text]) == 0
     run = train(place, "ppo", "sums", "ppo", *options)
     assert ScalarModel.load(run / "critic").score.shape == (48,)
     assert LLM(run / "model", weights="f32").generate("a", max_new_tokens=2)

@@ -104,7 +104,8 @@ def test_validation_loss_is_reported_at_the_end(tmp_path, source):
     trainer = train(tmp_path, tiny_model(source.tokenizer, context=CONTEXT), source, eval_every=2)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     found = {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line}
-    assert list(found) == [2, 4, 5]
+    assert list(found) == [0, 2, 4, 5]
+    assert found[0] > found[5]
     total = counted = 0
     trainer.model.eval()
     for sample in source.validation():
