@@ -423,6 +423,8 @@ def estimate(
     """
     parameters = sum(p.numel() for p in trained.parameters() if p.requires_grad)
     frozen = sum(p.nbytes for p in trained.parameters() if not p.requires_grad)
+    packed: list[Any] = [getattr(module, "packed", None) for module in trained.modules()]
+    frozen += sum(int(weight.nbytes) for weight in packed if weight is not None)  # QLoRA's base
     narrow = config.model.precision == "bf16" and not processes.distributed
     state = (parameters * 16 + frozen) / processes.size
     element = 2 if config.model.precision == "bf16" else 4
