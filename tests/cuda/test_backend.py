@@ -20,6 +20,7 @@ from cuda_gpu import library_of_environment
 from cuda_simulator import Simulator
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
+from gguf_blocks import random_tensor
 from model.tiny import logits, make_checkpoint
 from tolerance import assert_contraction
 
@@ -188,8 +189,9 @@ def test_packed_files(checkpoints, monkeypatch, tmp_path):
 
 
 def test_formats_of_gguf(tmp_path):
-    """ "auto" holds Q8_0 and Q4_0 as they are, side by side in one model."""
-    shape = SHAPES["qwen2"] | {"intermediate_size": 224}
+    """ "auto" holds Q8_0 and Q4_0 as they are and others, which have minima, as int8, side by side
+    in one model."""
+    shape = SHAPES["qwen2"] | {"intermediate_size": 256}
     model = make_checkpoint(tmp_path, "qwen2", dtype=torch.bfloat16, **shape)
     config = open_checkpoint(tmp_path).config
     builder = _C.ModelBuilder(
@@ -200,9 +202,16 @@ def test_formats_of_gguf(tmp_path):
         open_device("cuda-sim")[1],
     )
     for name, parameter in model.named_parameters():
-        kind = "F32" if parameter.dim() == 1 else "Q4_0" if "k_proj" in name else "Q8_0"
-        data = parameter.detach().numpy()
-        if kind != "F32":
+        kinds = {"k_proj": "Q4_0", "down_proj": "Q4_K"}
+        kind = next((kind for part, kind in kinds.items() if part in name), "Q8_0")
+        data, size = parameter.detach().numpy(), tuple(parameter.shape)
+        if parameter.dim() == 1:
+            kind = "F32"
+        elif kind == "Q4_K":
+            data = random_tensor(kind, *size, np.random.default_rng(1), 2e-4)
+            packed = ops.pack_weight(data, kind, size, "int8_grouped")
+            parameter.data = torch.from_numpy(ops.unpack_weight(packed))
+        else:
             data = quantize(data, GGMLQuantizationType[kind])
             parameter.data = torch.from_numpy(dequantize(data, GGMLQuantizationType[kind]))
         raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8)
