@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from cuda_simulator import CUDA, Buffer, Simulator, dtype_value, struct
@@ -97,6 +98,19 @@ class Gemm:
         assert_contraction(self.out, self.reference, self.plain)
 
 
+def call_gemm(sim: Simulator, name: str, args: Any, multiprocessors: int) -> Any:
+    """Runs qn_cuda_gemm_<name> with the scratch memory that its plan needs; returns the plan."""
+    device, plan = struct("DeviceInfo")(multiprocessors=multiprocessors), struct("GemmPlan")()
+    sim.library.qn_cuda_gemm_plan(ctypes.byref(args), ctypes.byref(device), ctypes.byref(plan))
+    sim.library.qn_cuda_gemm_workspace.restype = ctypes.c_int64
+    workspace_bytes = sim.library.qn_cuda_gemm_workspace(ctypes.byref(plan))
+    assert (workspace_bytes > 0) == plan.split
+    if plan.split:
+        args.workspace = sim.empty((workspace_bytes // 4,), torch.float32).pointer
+    assert sim.call(f"qn_cuda_gemm_{name}", args, device) == 0
+    return plan
+
+
 def run_gemm(
     sim: Simulator,
     rng: torch.Generator,
@@ -150,17 +164,8 @@ def run_gemm(
         out_dtype=dtype_value(out_dtype),
         invariant=invariant,
     )
-    device = struct("DeviceInfo")(multiprocessors=multiprocessors)
-    plan = struct("GemmPlan")()
-    sim.library.qn_cuda_gemm_plan(ctypes.byref(args), ctypes.byref(device), ctypes.byref(plan))
-    sim.library.qn_cuda_gemm_workspace.restype = ctypes.c_int64
-    workspace_bytes = sim.library.qn_cuda_gemm_workspace(ctypes.byref(plan))
-    assert (workspace_bytes > 0) == plan.split
-    if plan.split:
-        args.workspace = sim.empty((workspace_bytes // 4,), torch.float32).pointer
     bits = 16 if dense else 8 * codes.bytes // (_padded(rows) * _padded(cols))
-    name = {16: "gemm_bf16", 8: "gemm_int8", 4: "gemm_int4"}[bits]
-    assert sim.call(f"qn_cuda_{name}", args, device) == 0
+    plan = call_gemm(sim, {16: "bf16", 8: "int8", 4: "int4"}[bits], args, multiprocessors)
 
     reference = x.double() @ value.T
     plain = x.float() @ value.bfloat16().float().T

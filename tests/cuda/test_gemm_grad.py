@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 
 import pytest
 import torch
-from cuda_gemm import assert_no_bank_conflicts
+from cuda_gemm import assert_no_bank_conflicts, call_gemm
 from cuda_simulator import CUDA, Simulator, dtype_value, struct
 from tolerance import assert_contraction
 
@@ -70,14 +69,8 @@ def run(
         out_dtype=dtype_value(out_dtype),
         add=add,
     )
-    device = struct("DeviceInfo")(multiprocessors=multiprocessors)
-    plan = struct("GemmPlan")()
-    sim.library.qn_cuda_gemm_plan(ctypes.byref(args), ctypes.byref(device), ctypes.byref(plan))
-    sim.library.qn_cuda_gemm_workspace.restype = ctypes.c_int64
-    if size := sim.library.qn_cuda_gemm_workspace(ctypes.byref(plan)):
-        args.workspace = sim.empty((size // 4,), torch.float32).pointer
     name = "weight_grad" if weight_grad else "input_grad"
-    assert sim.call(f"qn_cuda_gemm_{name}", args, device) == 0
+    plan = call_gemm(sim, name, args, multiprocessors)
     left = x.T if weight_grad else x
     reference, plain = left.double() @ weight.double(), left.float() @ weight.float()
     if add:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 
 import pytest
 import torch
-from cuda_gemm import assert_no_bank_conflicts
+from cuda_gemm import assert_no_bank_conflicts, call_gemm
 from cuda_simulator import CUDA, Simulator, dtype_value, struct
 from tolerance import assert_pointwise
 
@@ -81,13 +80,7 @@ def run(
         invariant=invariant,
         add=add,
     )
-    device = struct("DeviceInfo")(multiprocessors=multiprocessors)
-    plan = struct("GemmPlan")()
-    sim.library.qn_cuda_gemm_plan(ctypes.byref(args), ctypes.byref(device), ctypes.byref(plan))
-    sim.library.qn_cuda_gemm_workspace.restype = ctypes.c_int64
-    if size := sim.library.qn_cuda_gemm_workspace(ctypes.byref(plan)):
-        args.workspace = sim.empty((size // 4,), torch.float32).pointer
-    assert sim.call("qn_cuda_gemm_w8a8", args, device) == 0
+    plan = call_gemm(sim, "w8a8", args, multiprocessors)
     reference = (x.double() @ weight.double().T) * x_scale.double() * scale.double()
     for extra in (*extras.values(), before if add else None):
         if extra is not None:
