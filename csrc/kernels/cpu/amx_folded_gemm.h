@@ -304,16 +304,18 @@ class FoldedEpilogue {
   bool first_ = false, last_ = false;
 };
 
-/// One block of columns for 32 tokens (16 when `two` is false) into sums, with `side` called 2 *
-/// steps (steps) times between. Rows of a tile that has fewer tokens are whatever follows.
+/// One block of columns for 32 tokens (16 when `two` is false) into sums, with `fetch` and `finish`
+/// called 2 * steps (steps) times between. Rows of a tile that has fewer tokens are whatever
+/// follows.
 ///
 /// Two sums at a time, so that four tile registers are in use: a core has few beyond the eight
 /// that have names, and two hyperthreads share them. Beside a busy neighbour a product takes 65 to
 /// 85 ticks with all eight in use, 47 to 67 with six and 35 to 43 with four; alone it takes 18 to
-/// 20 in each case. Tiles of weights leave L1 to those of x.
-template <bool two, class Side>
+/// 20 in each case. An instruction that waits for a register holds up all behind it, so other work
+/// goes between a load and its product. Tiles of weights leave L1 to those of x.
+template <bool two, class Fetch, class Finish>
 QN_INLINE void multiply_block(const FoldedRow* x, const int8_t* const* w, int64_t steps,
-                              int32_t (*sums)[2][16], Side&& side) {
+                              int32_t (*sums)[2][16], Fetch&& fetch, Finish&& finish) {
   constexpr int kStride = sizeof(sums[0]);
   if constexpr (two) {
     for (int i = 0; i < 2; ++i) {
@@ -322,10 +324,11 @@ QN_INLINE void multiply_block(const FoldedRow* x, const int8_t* const* w, int64_
       for (int64_t s = 0; s < steps; ++s) {
         _tile_stream_loadd(6, w[i] + s * kStepBytes, 64);
         _tile_loadd(4, x[0].codes + s * x[0].step, 64);
+        fetch();
         _tile_dpbssd(0, 4, 6);
         _tile_loadd(4, x[1].codes + s * x[1].step, 64);
+        finish();
         _tile_dpbssd(1, 4, 6);
-        side();
       }
       _tile_stored(0, sums[0][i], kStride);
       _tile_stored(1, sums[16][i], kStride);
@@ -336,10 +339,11 @@ QN_INLINE void multiply_block(const FoldedRow* x, const int8_t* const* w, int64_
     for (int64_t s = 0; s < steps; ++s) {
       _tile_loadd(4, x[0].codes + s * x[0].step, 64);
       _tile_stream_loadd(6, w[0] + s * kStepBytes, 64);
+      fetch();
       _tile_dpbssd(0, 4, 6);
       _tile_stream_loadd(6, w[1] + s * kStepBytes, 64);
+      finish();
       _tile_dpbssd(1, 4, 6);
-      side();
     }
     _tile_stored(0, sums[0][0], kStride);
     _tile_stored(1, sums[0][1], kStride);
@@ -395,15 +399,15 @@ QN_INLINE void multiply_residents(const FoldedActivations& x, int64_t cols, int6
           if (block + 1 == blocks) sink.prepare(begin + p, token, tokens_end);
           const int tokens_per_call =
               static_cast<int>((kTokenTile + block_steps - 1) / block_steps);
-          const auto side = [&] {
+          const auto fetch = [&] {
             prefetch[0].some();
             prefetch[1].some();
-            epilogue.some(sink, tokens_per_call);
           };
+          const auto finish = [&] { epilogue.some(sink, tokens_per_call); };
           if (two) {
-            multiply_block<true>(rows, tiles, block_steps, staging->sums[turn], side);
+            multiply_block<true>(rows, tiles, block_steps, staging->sums[turn], fetch, finish);
           } else {
-            multiply_block<false>(rows, tiles, block_steps, staging->sums[turn], side);
+            multiply_block<false>(rows, tiles, block_steps, staging->sums[turn], fetch, finish);
           }
           epilogue.start(x, token, tokens_end, block, blocks, staging->sums[turn],
                          staging->totals[blocks_per_pass < blocks ? p : 0]);
@@ -484,6 +488,7 @@ QN_INLINE void multiply_few(const FoldedActivations& x, int64_t cols, int64_t fi
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t step = block * steps_per_block;
       const int64_t block_end = step + steps_per_block < steps ? step + steps_per_block : steps;
+      if (block + 1 == blocks) sink.prepare(p, first, last);
       const FoldedRow row = folded_row(x, cols, first);
       const FoldedRow next_row = two ? folded_row(x, cols, first + kTokenTile) : row;
       _tile_zero(0);
@@ -524,7 +529,6 @@ QN_INLINE void multiply_few(const FoldedActivations& x, int64_t cols, int64_t fi
       if (block + 1 == blocks) {
         const PanelPair pair = pair_at(p);
         const __m512 scale[2] = {pair.side[0].scale(), pair.side[1].scale()};
-        sink.prepare(p, first, last);
         sink.start(p, scale);
       }
     }
