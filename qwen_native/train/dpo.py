@@ -30,7 +30,9 @@ from qwen_native.train.session import parse, run, section
 EXAMPLES = """
   qwen-native train dpo recipes/dpo_demo_lora.yaml
   qwen-native train dpo recipes/dpo_demo_lora.yaml data.files=pairs.jsonl dpo.beta=0.05
-  qwen-native train merge runs/dpo/model demo merged"""
+  qwen-native train merge runs/dpo_demo/model demo merged
+  torchrun --nproc-per-node 8 -m qwen_native.train dpo recipes/dpo_demo_lora.yaml \\
+      model.kernels=reference"""
 
 
 @section

@@ -22,7 +22,8 @@ from qwen_native.train.session import parse, run
 EXAMPLES = """
   qwen-native train reward recipes/reward_demo.yaml
   qwen-native train reward recipes/reward_7b.yaml run.folder=runs/pmp data.files=noisy.jsonl
-  qwen-native train reward recipes/reward_7b.yaml model.path=runs/pmp/model data.files=ours.jsonl"""
+  qwen-native train reward recipes/reward_7b.yaml model.path=runs/pmp/model data.files=ours.jsonl
+  torchrun --nproc-per-node 8 -m qwen_native.train reward recipes/reward_7b.yaml"""
 
 
 @dataclass(frozen=True)
