@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Measure the CUDA kernels on a GPU, beside its own bandwidth and matrix peak and beside torch.
 
+4-bit products stand beside torchao's and Marlin's too, where these are installed.
+
 Uses the libraries of tests/ for structs and memory. Part of tools/gpu_check.sh.
 
 usage: gpu_bench.py LIBRARY MODEL OUT.json OUT.md [--checks FILE] [--dry-run]
@@ -14,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib.util
+import itertools
 import json
 import os
 import statistics
@@ -50,6 +54,7 @@ class Row:
     teraflops: float
     peak_share: float | None
     torch_microseconds: float | None
+    int4_microseconds: dict[str, float]  # of other 4-bit kernels, by name
 
 
 class Bench:
@@ -125,10 +130,12 @@ class Bench:
         moved: float,
         operations: float = 0,
         beside: Callable[[], object] | None = None,
+        int4: dict[str, Callable[[], object]] | None = None,
     ) -> None:
-        """Measures a case that moves and computes so much, beside torch."""
+        """Measures a case that moves and computes so much, beside torch and 4-bit kernels."""
         seconds = self.seconds(run)
         other = self.torch_seconds(beside) if self.with_torch and beside is not None else None
+        others = {name: self.torch_seconds(peer) * 1e6 for name, peer in (int4 or {}).items()}
         self.rows.append(
             Row(
                 kernel,
@@ -139,6 +146,7 @@ class Bench:
                 operations / seconds / 1e12,
                 operations / seconds / self.peak if self.peak else None,
                 other * 1e6 if other else None,
+                others,
             )
         )
         print(f"{kernel:20} {case:28} {seconds * 1e6:10.1f} us")
@@ -170,6 +178,42 @@ def rms_norm(bench: Bench, tokens: int, cols: int) -> None:
         beside=lambda: torch.nn.functional.rms_norm(y, (cols,), w),
     )
     bench.gpu.reset()
+
+
+def int4_peers(bench: Bench, tokens: int) -> dict[str, Callable[[], object]]:
+    """Products with 4-bit weights of torchao and Marlin (IST-DASLab), where they are installed.
+
+    Both with groups of 128, Marlin in float16, as that is all it has; weights in turn as ours.
+    """
+    peers: dict[str, Callable[[], object]] = {}
+    if not bench.with_torch:
+        return peers
+    rows, cols = LAYER
+    copies = max(1, CACHED // (rows * cols // 2))
+
+    def in_turn(layers: list[Any], x: torch.Tensor) -> Callable[[], object]:
+        turn = itertools.cycle(layers)
+        return lambda: next(turn)(x)
+
+    if importlib.util.find_spec("torchao"):
+        from torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+        tiles = Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d")
+        layers = []
+        for _ in range(copies):
+            layer = torch.nn.Sequential(torch.nn.Linear(cols, rows, bias=False))
+            quantize_(layer.to("cuda", torch.bfloat16), tiles)
+            layers.append(layer)
+        peers["torchao"] = in_turn(layers, bench.on_torch(tokens, cols))
+    if importlib.util.find_spec("marlin_cuda"):  # "marlin" on PyPI is something else
+        import marlin
+
+        layers = [marlin.Layer(cols, rows, groupsize=128).cuda() for _ in range(copies)]
+        for layer in layers:  # time does not depend on the codes, but it may on NaN
+            layer.B.zero_()
+            layer.s.fill_(1.0)
+        peers["Marlin"] = in_turn(layers, bench.on_torch(tokens, cols).half())
+    return peers
 
 
 def gemm(bench: Bench, bits: int, tokens: int) -> None:
@@ -207,6 +251,7 @@ def gemm(bench: Bench, bits: int, tokens: int) -> None:
         code_bytes + (groups * rows * 2 if bits < 16 else 0) + tokens * (rows + cols) * 2,
         2 * tokens * rows * cols,
         beside=lambda: y @ w[next(turn) % 16].T,
+        int4=int4_peers(bench, tokens) if bits == 4 else None,
     )
     bench.gpu.reset()
 
@@ -295,6 +340,7 @@ def generation(bench: Bench, library: str, model: str) -> None:
                     0,
                     None,
                     None,
+                    {},
                 )
             )
             del llm
@@ -310,15 +356,16 @@ def markdown(bench: Bench, checks: dict[str, str]) -> str:
         "",
         *[f"- {name}: {result}" for name, result in checks.items()],
         "",
-        "| kernel | case | µs | GB/s | of bandwidth | Tflop/s | of peak | torch µs |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kernel | case | µs | GB/s | of bandwidth | Tflop/s | of peak | torch µs | int4 µs |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in bench.rows:
         other = "" if row.torch_microseconds is None else f"{row.torch_microseconds:.1f}"
+        int4 = ", ".join(f"{name} {value:.1f}" for name, value in row.int4_microseconds.items())
         lines.append(
             f"| {row.kernel} | {row.case} | {row.microseconds:.1f} "
             f"| {row.gigabytes_per_second:.0f} | {percent(row.bandwidth_share)} "
-            f"| {row.teraflops:.1f} | {percent(row.peak_share)} | {other} |"
+            f"| {row.teraflops:.1f} | {percent(row.peak_share)} | {other} | {int4} |"
         )
     return "\n".join(lines) + "\n"
 
