@@ -224,9 +224,9 @@ struct AttentionItem {
   int32_t rows;  // 1 .. kAttentionRows
   int32_t kv_head;
   int32_t part_begin, part_end;
-  /// Null: the item has all parts and writes out. Else each part leaves its rows' unnormalised
-  /// outputs, maxima and sums, [rows, head_dim] and twice [kAttentionRows], for
-  /// attention_merge.
+  /// Null: the item has all parts and writes out. Else each part leaves its rows' maxima, sums and
+  /// unnormalised outputs, twice [kAttentionRows] and [rows, head_dim], for attention_merge; more
+  /// than 16 rows have room for kAttentionRows.
   float* partial;
   int64_t partial_stride;  // floats between parts
 };

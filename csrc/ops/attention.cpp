@@ -218,7 +218,8 @@ void attention(const TensorView& out, const TensorView& q, const KvLayer& layer,
     const int64_t pieces = splits(whole);
     new (&unfinished[tile]) std::atomic<int64_t>(pieces);
     if (pieces > 1) {
-      whole.partial_stride = whole.rows * layer.head_dim + 2 * kAttentionRows;
+      const int64_t rows = whole.rows > 16 ? kAttentionRows : whole.rows;
+      whole.partial_stride = 2 * kAttentionRows + rows * layer.head_dim;
       whole.partial = workspace.allocate_array<float>(whole.partial_stride *
                                                       (whole.part_end - whole.part_begin));
     }

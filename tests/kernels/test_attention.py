@@ -250,6 +250,29 @@ def test_nan_stays_in_its_row(isa, rng, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_key_reaches_the_rows_that_see_it(isa, rng, dtype):
+    shape = (7, 1, 64)
+    q, k, v = random_qkv(rng, 300, shape)
+    k[200, 0, 5] = float("nan")
+    cache = Cache(1, 64, dtype, pages=5)
+    bad = torch.isnan(ops.attention(q, cache.pages, cache.append([(0, k, v)])))
+    assert bad[200:].all() and not bad[:200].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("step", [-(2.0**22), -20.0, 20.0, 2.0**22])
+def test_scores_that_rise_or_fall_by_far(isa, rng, step, dtype):
+    """Every 100 keys the scores change so much that all others lose their weight."""
+    tokens, shape = 420, (3, 1, 64)
+    q, k, v = torch.zeros(tokens, 3, 64), torch.zeros(tokens, 1, 64), random_qkv(rng, 420, shape)[2]
+    q[..., 0] = 8.0
+    k[..., 0] = step * (torch.arange(tokens) // 100)[:, None]
+    cache = Cache(1, 64, dtype, pages=7)
+    spans = cache.append([(0, k, v)])
+    check(ops.attention(q, cache.pages, spans), q, k, v, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_reused_page_forgets_its_owner(isa, rng, dtype):
     """A page that held NaN is given to another sequence."""
     shape = (2, 1, 64)

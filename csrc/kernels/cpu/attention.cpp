@@ -5,7 +5,7 @@
 //
 // Scores are scaled by scale log2(e) and thus exponents of two. A row takes its keys in blocks of
 // 128, cut at absolute positions, with an online softmax: o = o 2^(m - m') + p v,
-// l = l 2^(m - m') + sum(p), p = 2^(s - m'), where m' >= m and no s is greater. Every
+// l = l 2^(m - m') + sum(p), p = 2^(s - m'), where m' >= m follows the largest score. Every
 // kAttentionPart keys m, l and o start afresh, and the parts are merged in ascending order. Decode
 // computes parts in parallel and merges them afterwards, prefill merges as it goes: the arithmetic
 // is the same, and no row's depends on its neighbours. Keys that a row may not see get the score
@@ -13,8 +13,8 @@
 // that its rows see.
 //
 //   accumulation: float32 throughout; level amx with bf16 pages rounds q and p to bf16 and
-//   multiplies with tiles (2 x 1 accumulators); everything else multiplies with fma on widened
-//   pages; int8 pages become bf16 block by block, in L1
+//   multiplies with tiles (2 x 1 accumulators), p from fixed point; everything else multiplies with
+//   fma on widened pages; int8 pages become bf16 block by block, in L1
 //   bytes per item and key: 2 * head_dim * sizeof(T), read from the cache once for all rows
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/vec.h"
@@ -43,18 +43,21 @@ struct Partial {
 struct Softmax {
   float sums[kAttentionRows * Vec::kLanes];  // l, spread over the lanes
   float max[kAttentionRows];                 // m
+  float offset[kAttentionRows];              // m as TilePath::probs_of wants it
   float rescale[kAttentionRows];  // what the latest block asks the rows of out to be multiplied by
   bool any_rescale;
 };
 
+/// Some arrays are a few lines longer than needed, so that they do not all start at the same offset
+/// in a page: loads wait for earlier stores to the same offset.
 struct alignas(64) Scratch {
   bf16 keys[kBlock * kAttentionMaxHeadDim];  // of a block of int8 pages
   bf16 values[kBlock * kAttentionMaxHeadDim];
-  float scores[2][kAttentionRows * kScoreStride];
-  bf16 probs[2][kAttentionRows * kBlock];
-  float query[kAttentionRows * kAttentionMaxHeadDim];
+  float scores[2][kAttentionRows * kScoreStride + 5 * 16];
+  bf16 probs[2][kAttentionRows * kBlock + 7 * 32];
+  float query[kAttentionRows * kAttentionMaxHeadDim + 11 * 16];
+  float part_out[2][kAttentionRows * kAttentionMaxHeadDim + 3 * 16];
   float total_out[kAttentionRows * kAttentionMaxHeadDim];
-  float part_out[2][kAttentionRows * kAttentionMaxHeadDim];
   Softmax softmax[2];
   float total_max[kAttentionRows], total_sum[kAttentionRows];
   float scale[kAttentionRows][Vec::kLanes];  // where q is not scaled itself
@@ -189,42 +192,40 @@ __attribute__((noinline)) void raise_max(Softmax& softmax, int row, float top) {
   (Vec::load(sums) * factor).store(sums);
 }
 
-/// Turns a row's scores of one block into probabilities. `Path` computes, sums and stores them.
-template <typename Path, int G>
-QN_INLINE void softmax_row(Softmax& softmax, const float* scores, int row,
-                           typename Path::Prob* probs) {
+/// Turns a row's scores of one block into probabilities, in place.
+template <int G>
+QN_INLINE void softmax_row(Softmax& softmax, float* scores, int row) {
   Vec x[2 * G];
   for (int i = 0; i < 2 * G; ++i) x[i] = Vec::load(scores + i * Vec::kLanes);
   Vec top[G];
   for (int g = 0; g < G; ++g) top[g] = max(x[2 * g], x[2 * g + 1]);
   for (int g = 1; g < G; ++g) top[0] = max(top[0], top[g]);
-  if (any_above(top[0], Vec(softmax.max[row]))) {
-    raise_max(softmax, row, max(top[0]) + Path::kHeadroom);
-  }
+  if (any_above(top[0], Vec(softmax.max[row]))) raise_max(softmax, row, max(top[0]));
   const Vec m(softmax.max[row] == kMinusInfinity ? 0.0f : softmax.max[row]);
   float* sums = softmax.sums + row * Vec::kLanes;
   Vec total = Vec::load(sums);
   for (int g = 0; g < G; ++g) {
-    const Vec low = Path::prob(x[2 * g] - m), high = Path::prob(x[2 * g + 1] - m);
-    total = Path::add_and_store(total, low, high, probs + g * Path::kProbStride);
+    const Vec low = exp2(x[2 * g] - m), high = exp2(x[2 * g + 1] - m);
+    low.store(scores + g * kGroup);
+    high.store(scores + g * kGroup + Vec::kLanes);
+    total = total + (low + high);
   }
   total.store(sums);
 }
 
-template <typename Path>
 QN_INLINE void softmax_row(const Block& block, Softmax& softmax, const Scratch& s, float* scores,
-                           int row, typename Path::Prob* probs) {
+                           int row) {
   if (!block.visible_to_all) mask_row(block, s.keys_begin[row], s.keys_end[row], scores);
   switch (block.groups) {
     case 1:
-      return softmax_row<Path, 1>(softmax, scores, row, probs);
+      return softmax_row<1>(softmax, scores, row);
     case 2:
-      return softmax_row<Path, 2>(softmax, scores, row, probs);
+      return softmax_row<2>(softmax, scores, row);
     case 3:
-      return softmax_row<Path, 3>(softmax, scores, row, probs);
+      return softmax_row<3>(softmax, scores, row);
     default:
       static_assert(kGroups == 4);
-      return softmax_row<Path, 4>(softmax, scores, row, probs);
+      return softmax_row<4>(softmax, scores, row);
   }
 }
 
@@ -280,9 +281,9 @@ void write_out(const AttentionArgs& a, const AttentionItem& item, const Partial&
     const int64_t row = item.first_row + r;
     float* out = a.out + (item.token + row / a.group) * a.out_stride +
                  (item.kv_head * a.group + row % a.group) * a.out_head_stride;
-    const Vec sum(total.sum[r]);
+    const Vec inverse = Vec(1.0f) / Vec(total.sum[r]);
     for (int64_t dim = 0; dim < a.kv.head_dim; dim += Vec::kLanes) {
-      (Vec::load(total.out + r * a.kv.head_dim + dim) / sum).store(out + dim);
+      (Vec::load(total.out + r * a.kv.head_dim + dim) * inverse).store(out + dim);
     }
   }
 }
@@ -296,19 +297,19 @@ struct PartResults {
   /// Unnormalised outputs of the part that the block belongs to.
   float* out(const Block& block) const {
     const int64_t part = block.first_key / kAttentionPart;
-    return item.partial != nullptr ? item.partial + (part - item.part_begin) * item.partial_stride
-                                   : s.part_out[part % 2];
+    return item.partial != nullptr
+               ? item.partial + (part - item.part_begin) * item.partial_stride + 2 * kAttentionRows
+               : s.part_out[part % 2];
   }
 
   /// Takes the sums of the part that ends with the block, whose out is complete.
   void finish(const Block& block, const Softmax& softmax) const {
     const int64_t head_dim = args.kv.head_dim;
     float* const result = out(block);
-    float* const sums =
-        item.partial != nullptr ? result + item.rows * head_dim + kAttentionRows : s.part_sum;
+    float* const sums = item.partial != nullptr ? result - kAttentionRows : s.part_sum;
     for (int r = 0; r < item.rows; ++r) sums[r] = sum(Vec::load(softmax.sums + r * Vec::kLanes));
     if (item.partial != nullptr) {
-      memcpy(result + item.rows * head_dim, softmax.max, sizeof(softmax.max));
+      memcpy(result - 2 * kAttentionRows, softmax.max, sizeof(softmax.max));
     } else {
       float* const max = const_cast<float*>(softmax.max);
       merge({s.total_out, s.total_max, s.total_sum}, {result, max, sums}, item.rows, head_dim);
@@ -367,16 +368,6 @@ void multiply(int64_t rows, const float* a, int64_t a_stride, const T* b, int64_
 /// The path with fma.
 template <typename T>
 struct VecPath {
-  using Prob = float;
-  static constexpr float kHeadroom = 0;
-  static constexpr int kProbStride = kGroup;
-
-  static QN_INLINE Vec prob(Vec exponent) { return exp2(exponent); }
-  static QN_INLINE Vec add_and_store(Vec total, Vec low, Vec high, float* probs) {
-    low.store(probs);
-    high.store(probs + Vec::kLanes);
-    return total + (low + high);
-  }
   static QN_INLINE void narrow(Vec low, Vec high, bf16* wide) {
     low.store(wide);
     high.store(wide + Vec::kLanes);
@@ -404,7 +395,7 @@ struct VecPath {
       for (int r = 0; r < item.rows; ++r) {
         float* scores = s.scores[0] + r * kScoreStride;
         scale_row(block, s.scale[r], scores);
-        softmax_row<VecPath>(block, softmax, s, scores, r, scores);
+        softmax_row(block, softmax, s, scores, r);
       }
       if (!block.starts_part) {
         rescale_rows(softmax, item.rows, a.kv.head_dim, results.out(block));
@@ -459,35 +450,53 @@ struct VecPath {
 };
 
 #if QN_ISA_LEVEL >= 3
-/// The path with tiles, for bf16 pages. Tiles 0 and 1 accumulate, 4 and 5 hold 16 rows of queries
-/// or probabilities each, 6 comes from the cache.
+/// The path with tiles, for bf16 pages. Tiles 0 and 1 accumulate, 4 holds 16 rows of queries or
+/// probabilities, 6 comes from the cache: four tile registers, since more would be slow beside a
+/// busy hyperthread (amx_tile.h).
 ///
 /// While the vector units turn block b into probabilities, the tiles multiply the keys of block
-/// b + 1 and the values of block b - 1: TileWork hands out these multiplications one by one.
+/// b + 1 and the values of block b - 1: a row follows every step or every other step of the tiles.
+///
+/// m is a whole number, so that rescaling rounds nothing, and stays where a part's first block puts
+/// it until a score exceeds it by kHeadroom.
 struct TilePath {
-  using Prob = bf16;
-  static constexpr float kHeadroom = 4;  // of m above the scores, so that it is seldom raised
-  static constexpr int kDepth = 32;      // dims or keys of one multiplication
+  static constexpr float kHeadroom = 16;
+  static constexpr int kDepth = 32;                            // dims or keys of one multiplication
   static constexpr int kProbStride = kAttentionRows * kDepth;  // [group][row][32 keys]
 
-  /// To a relative 9e-5, far below the rounding to bf16; 0 from 2^-126 on down.
-  static QN_INLINE Vec prob(Vec exponent) {
-    const __m512 x = exponent.v;
-    const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    __m512 p = _mm512_set1_ps(7.7067073e-2f);
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.2764496e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9511679e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-    // A denormal result would cost forty times as much.
-    const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-    return _mm512_maskz_scalef_ps(normal, p, x);
-  }
-  /// Sums what is multiplied with the values, the rounded probabilities.
-  static QN_INLINE Vec add_and_store(Vec total, Vec low, Vec high, bf16* probs) {
-    const __m512bh pairs = _mm512_cvtne2ps_pbh(high.v, low.v);
+  /// Probabilities p = 2^(s - m - kHeadroom) of a row's block as bf16, and its sum so far with
+  /// them: what is multiplied with the values is what is summed.
+  ///
+  /// Works in 16-bit fixed point. With y = s - m - kHeadroom and u its fraction less 1/2, four
+  /// times the bits of a bf16 p are about 512 (y + 127 + c (u^2 + e u - 1/4)), c = 0.34, the square
+  /// correcting 1 + fraction to 2^fraction; `below` is 512 (1/2 - y). The relative error is 1.9e-3
+  /// in the mean square and 6e-3 at most, where the nearest bf16 have 1.7e-3 and 4e-3. 0 from about
+  /// 2^-126 on down. y > 0, NaN and what is out of the range of int32 give p > 1, which the caller
+  /// sees in the sum.
+  template <int G>
+  static QN_INLINE Vec probs_of(const float* scores, float offset, Vec total, bf16* probs) {
+    constexpr int kCorrection = 87, kSkew = 1400;  // 256 c, 65536 e
+    const __m512 steps = _mm512_set1_ps(kSteps), start = _mm512_set1_ps(offset);
+    const __m512i in_order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    const __m512i skew = _mm512_set1_epi16(kSkew), correction = _mm512_set1_epi16(kCorrection);
+    const __m512i one_and_half =
+        _mm512_set1_epi16(static_cast<int16_t>(512 * 127 + 256 + 2 - (kCorrection + 1) / 2));
     const __m512bh ones = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80));
-    _mm512_store_si512(probs, reinterpret_cast<__m512i>(pairs));
-    return _mm512_dpbf16_ps(total.v, pairs, ones);
+    const auto below_one = [&](const float* s) {
+      return _mm512_cvtps_epi32(_mm512_fnmadd_ps(_mm512_load_ps(s), steps, start));
+    };
+    for (int g = 0; g < G; ++g, scores += kGroup, probs += kProbStride) {
+      const __m512i below = _mm512_permutexvar_epi64(
+          in_order, _mm512_packus_epi32(below_one(scores), below_one(scores + Vec::kLanes)));
+      const __m512i u = _mm512_slli_epi16(below, 7);
+      const __m512i square =
+          _mm512_mulhrs_epi16(_mm512_mulhi_epi16(u, _mm512_adds_epi16(u, skew)), correction);
+      const __m512i bits =
+          _mm512_srli_epi16(_mm512_subs_epu16(one_and_half, _mm512_subs_epu16(below, square)), 2);
+      _mm512_store_si512(probs, bits);
+      total = _mm512_dpbf16_ps(total.v, reinterpret_cast<__m512bh>(bits), ones);
+    }
+    return total;
   }
 
   static QN_INLINE void narrow(Vec low, Vec high, bf16* wide) {
@@ -506,33 +515,132 @@ struct TilePath {
     }
   }
 
+  /// More than 16 rows are filled up to 32, in the scratch and in the item's partial results.
   static TileConfig tile_config(const AttentionItem& item) {
     TileConfig config;
-    const int upper = item.rows < 16 ? item.rows : 16, lower = item.rows - upper;
-    const int rows[8] = {upper, lower, 0, 0, upper, lower, 16, 0};
     for (int tile = 0; tile < 8; ++tile) {
-      config.rows[tile] = static_cast<uint8_t>(rows[tile]);
-      config.row_bytes[tile] = rows[tile] > 0 ? 64 : 0;
+      config.rows[tile] = tile < 6 && item.rows < 16 ? static_cast<uint8_t>(item.rows) : 16;
+      config.row_bytes[tile] = 64;
     }
     return config;
   }
 
   static void run(const AttentionArgs& a, const AttentionItem& item, Scratch& s,
                   const PartResults& results) {
-    item.rows > 16 ? run_tiles<2>(a, item, s, results) : run_tiles<1>(a, item, s, results);
+    item.rows > 16 ? run<2>(a, item, s, results) : run<1>(a, item, s, results);
   }
 
  private:
-  /// c [16 M rows, 16] += a [rows, 32] * b [16 pairs, 16]. With M = 2 five tile registers are in
-  /// use; all eight would be slow beside a busy hyperthread (amx_folded_gemm.h).
+  static constexpr float kSteps = 512.0f;  // of fixed point
+
+  static QN_INLINE void set_max(Softmax& softmax, int row, float top) {
+    softmax.max[row] = __builtin_ceilf(top);
+    softmax.offset[row] = kSteps * (softmax.max[row] + kHeadroom + 0.5f);
+  }
+
+  /// What most rows need not: masks a row's scores, sets m if the row has none, raises it if asked
+  /// to, and limits the scores to what probs_of converts. False if the row sees nothing yet.
+  static __attribute__((noinline)) bool prepare_row(const Block& block, Softmax& softmax,
+                                                    const Scratch& s, float* scores, int row,
+                                                    bool raise) {
+    const auto lanes_before = [](int64_t key) {
+      return key <= 0 ? 0u : key >= Vec::kLanes ? 0xffffu : (1u << key) - 1u;
+    };
+    const int count = block.groups * kGroup;
+    __m512 top = _mm512_set1_ps(kMinusInfinity);
+    __mmask16 is_nan = 0;
+    for (int key = 0; key < count; key += Vec::kLanes) {
+      const int64_t position = block.first_key + key;
+      const auto seen = static_cast<__mmask16>(lanes_before(s.keys_end[row] - position) &
+                                               ~lanes_before(s.keys_begin[row] - position));
+      const __m512 x = _mm512_mask_load_ps(_mm512_set1_ps(kMinusInfinity), seen, scores + key);
+      is_nan |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+      top = _mm512_max_ps(top, x);
+      _mm512_store_ps(scores + key, x);
+    }
+    const float largest = max(Vec(top)), old = softmax.max[row];
+    if (is_nan != 0 || largest == -kMinusInfinity) {
+      Vec(__builtin_nanf("")).store(softmax.sums + row * Vec::kLanes);
+      set_max(softmax, row, 0);
+    } else if (old == kMinusInfinity) {
+      if (largest == kMinusInfinity) return false;
+      set_max(softmax, row, largest);
+    } else if (raise && largest > old) {
+      raise_max(softmax, row, __builtin_ceilf(largest));
+      set_max(softmax, row, softmax.max[row]);
+    }
+    const Vec least(softmax.max[row] - 128.0f);
+    for (int key = 0; key < count; key += Vec::kLanes) {
+      max(Vec::load(scores + key), least).store(scores + key);
+    }
+    return true;
+  }
+
+  /// Turns a row's scores of one block into probabilities.
+  template <int G>
+  static QN_INLINE void softmax_groups(const Block& block, Softmax& softmax, const Scratch& s,
+                                       float* scores, int row, bf16* probs) {
+    const auto sees_nothing = [&] {
+      for (int g = 0; g < G; ++g) memset(probs + g * kProbStride, 0, kDepth * sizeof(bf16));
+    };
+    if (!block.visible_to_all) {
+      if (!prepare_row(block, softmax, s, scores, row, false)) return sees_nothing();
+    } else if (softmax.max[row] == kMinusInfinity) {
+      Vec top = Vec::load(scores);
+      for (int i = 1; i < 2 * G; ++i) top = max(top, Vec::load(scores + i * Vec::kLanes));
+      set_max(softmax, row, max(top));
+    }
+    float* const sums = softmax.sums + row * Vec::kLanes;
+    Vec total = probs_of<G>(scores, softmax.offset[row], Vec::load(sums), probs);
+    if (_mm512_cmp_ps_mask(total.v, _mm512_set1_ps(1.0f), _CMP_NLT_UQ) != 0) [[unlikely]] {
+      if (!prepare_row(block, softmax, s, scores, row, true)) return sees_nothing();
+      total = probs_of<G>(scores, softmax.offset[row], Vec::load(sums), probs);
+    }
+    total.store(sums);
+  }
+
+  struct NoRows {
+    QN_INLINE void next() {}
+  };
+
+  /// The rows of a block, for the softmax of one after the other. kWhole: the block has all groups.
+  template <bool kWhole>
+  struct Rows {
+    const Block& block;
+    Softmax& softmax;
+    const Scratch& s;
+    float* scores;
+    bf16* probs;
+    int count;
+    int done = 0;
+
+    QN_INLINE void next() {
+      if (done == count) return;
+      float* const row_scores = scores + done * kScoreStride;
+      bf16* const row_probs = probs + done * kDepth;
+      if constexpr (kWhole) {
+        softmax_groups<kGroups>(block, softmax, s, row_scores, done, row_probs);
+      } else if (block.groups == 1) {
+        softmax_groups<1>(block, softmax, s, row_scores, done, row_probs);
+      } else if (block.groups == 2) {
+        softmax_groups<2>(block, softmax, s, row_scores, done, row_probs);
+      } else {
+        static_assert(kGroups == 4);
+        softmax_groups<3>(block, softmax, s, row_scores, done, row_probs);
+      }
+      ++done;
+    }
+  };
+
+  /// c [16 M rows, 16] += a [rows, 32] * b [16 pairs, 16]
   template <int M>
   static QN_INLINE void multiply_tiles(const char* a, const char* b, int64_t b_stride) {
     _tile_loadd(6, b, b_stride);
     _tile_loadd(4, a, 64);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (M > 1) {
-      _tile_loadd(5, a + 16 * 64, 64);
-      _tile_dpbf16ps(1, 5, 6);
+      _tile_loadd(4, a + 16 * 64, 64);
+      _tile_dpbf16ps(1, 4, 6);
     }
   }
 
@@ -554,140 +662,101 @@ struct TilePath {
     if constexpr (M > 1) _tile_stored(1, c + 4 * stride, stride);
   }
 
-  /// scores = q k^T of one block, then out += p v of another one, in steps of a tile of keys or
-  /// values.
-  template <int M>
-  class TileWork {
-   public:
-    TileWork(const AttentionArgs& a, const AttentionItem& item, const Scratch& s)
-        : query_(reinterpret_cast<const char*>(s.query)),
-          query_step_(item.rows * 64),
-          head_dim_(a.kv.head_dim),
-          key_stride_(key_stride(a.kv) * 4),
-          depth_(static_cast<int>((head_dim_ + kDepth - 1) / kDepth)) {}
-
-    void add_keys(const Block& block, float* scores) {
-      keys_ = &block;
-      scores_ = scores;
-      key_steps_ = block.groups * kKeyTiles * depth_;
-      key_tile_ = key_depth_ = 0;
-    }
-
-    void add_values(const Block& block, const bf16* probs, float* out) {
-      values_ = &block;
-      probs_ = reinterpret_cast<const char*>(probs);
-      out_ = out;
-      value_steps_ = block.groups * static_cast<int>(head_dim_ / Vec::kLanes);
-      value_group_ = 0;
-      value_dim_ = 0;
-    }
-
-    int steps() const { return key_steps_ + value_steps_; }
-
-    /// Does steps until only `left` of them are left.
-    QN_INLINE void run_down_to(int left) {
-      while (key_steps_ + value_steps_ > left) {
-        if (key_steps_ > 0) {
-          key_step();
-          --key_steps_;
-        } else {
-          value_step();
-          --value_steps_;
-        }
+  /// scores = q k^T of one block. kDepths: multiplications that head_dim takes, 0 if any number.
+  template <int M, int kDepths, class RowWork>
+  static QN_INLINE void multiply_keys(const AttentionArgs& a, const AttentionItem& item,
+                                      const Scratch& s, const Block& block, float* scores,
+                                      RowWork& rows) {
+    const int64_t stride = key_stride(a.kv) * 4, query_step = item.rows * 64;
+    const int64_t depths = kDepths > 0 ? kDepths : (a.kv.head_dim + kDepth - 1) / kDepth;
+    const char* const query = reinterpret_cast<const char*>(s.query);
+    for (int tile = 0; tile < block.groups * 2; ++tile, scores += Vec::kLanes) {
+      const char* keys = block.keys[tile / 2] + tile % 2 * 64;
+      zero_tiles<M>();
+      for (int64_t d = 0; d < depths; ++d) {
+        multiply_tiles<M>(query + d * query_step, keys + d * 16 * stride, stride);
+        if (kDepths <= 2 || d % 2 == 1) rows.next();
       }
+      store_tiles<M>(scores, kScoreStride * 4);
     }
+  }
 
-   private:
-    static constexpr int kKeyTiles = kGroup / Vec::kLanes;
-
-    QN_INLINE void key_step() {
-      if (key_depth_ == 0) zero_tiles<M>();
-      multiply_tiles<M>(query_ + key_depth_ * query_step_,
-                        keys_->keys[key_tile_ / kKeyTiles] + key_depth_ * 16 * key_stride_ +
-                            key_tile_ % kKeyTiles * 64,
-                        key_stride_);
-      if (++key_depth_ < depth_) return;
-      key_depth_ = 0;
-      store_tiles<M>(scores_ + key_tile_ * Vec::kLanes, kScoreStride * 4);
-      ++key_tile_;
-    }
-
-    QN_INLINE void value_step() {
-      const int64_t stride = head_dim_ * 4;
-      if (value_group_ == 0) {
-        values_->starts_part ? zero_tiles<M>() : load_tiles<M>(out_ + value_dim_, stride);
+  /// out (+)= p v of one block.
+  template <int M, int kDepths, class RowWork>
+  static QN_INLINE void multiply_values(const AttentionArgs& a, const Block& block,
+                                        const bf16* probs, float* out, RowWork& rows) {
+    const int64_t head_dim = kDepths > 0 ? kDepths * kDepth : a.kv.head_dim;
+    const int64_t stride = head_dim * 4;
+    for (int64_t dim = 0; dim < head_dim; dim += Vec::kLanes) {
+      block.starts_part ? zero_tiles<M>() : load_tiles<M>(out + dim, stride);
+      for (int g = 0; g < block.groups; ++g) {
+        multiply_tiles<M>(reinterpret_cast<const char*>(probs + g * kProbStride),
+                          block.values[g] + dim * 4, stride);
+        if (kDepths <= 2 || g % 2 == 1) rows.next();
       }
-      multiply_tiles<M>(probs_ + value_group_ * kProbStride * 2,
-                        values_->values[value_group_] + value_dim_ * 4, stride);
-      if (++value_group_ < values_->groups) return;
-      value_group_ = 0;
-      store_tiles<M>(out_ + value_dim_, stride);
-      value_dim_ += Vec::kLanes;
+      store_tiles<M>(out + dim, stride);
     }
-
-    const char* query_;
-    int64_t query_step_, head_dim_, key_stride_;
-    int depth_;  // multiplications that head_dim takes
-
-    const Block* keys_ = nullptr;
-    float* scores_ = nullptr;
-    int key_steps_ = 0, key_tile_ = 0, key_depth_ = 0;
-
-    const Block* values_ = nullptr;
-    const char* probs_ = nullptr;
-    float* out_ = nullptr;
-    int64_t value_dim_ = 0;
-    int value_steps_ = 0, value_group_ = 0;
-  };
+  }
 
   template <int M>
-  static void run_tiles(const AttentionArgs& a, const AttentionItem& item, Scratch& s,
-                        const PartResults& results) {
+  static void run(const AttentionArgs& a, const AttentionItem& item, Scratch& s,
+                  const PartResults& results) {
+    switch (a.kv.head_dim) {
+      case 64:
+        return run<M, 2>(a, item, s, results);
+      case 128:
+        return run<M, 4>(a, item, s, results);
+      default:
+        return run<M, 0>(a, item, s, results);
+    }
+  }
+
+  template <int M, int kDepths>
+  static void run(const AttentionArgs& a, const AttentionItem& item, Scratch& s,
+                  const PartResults& results) {
     const BlockRange range = blocks_of(item, s);
     if (range.begin >= range.end) return;
     Block blocks[3];  // by index % 3: the previous one, the one in softmax, the next one
     const auto block_at = [&](int64_t index) -> Block& { return blocks[index % 3]; };
-    TileWork<M> tiles(a, item, s);
-    const auto add_keys = [&](int64_t index) {
+    const auto multiply_keys_of = [&](int64_t index, auto& rows) __attribute__((always_inline)) {
       Block& block = block_at(index);
       block = locate(a, item, s, range, index);
       if (a.kv.dtype == DType::I8) dequantize_keys<TilePath>(a, block, s);
-      tiles.add_keys(block, s.scores[index % 2]);
+      multiply_keys<M, kDepths>(a, item, s, block, s.scores[index % 2], rows);
     };
-    const auto add_values = [&](int64_t index) {
+    const auto multiply_values_of = [&](int64_t index, auto& rows) __attribute__((always_inline)) {
       Block& block = block_at(index);
       if (a.kv.dtype == DType::I8) dequantize_values<TilePath>(a, block, s);
-      tiles.add_values(block, s.probs[index % 2], results.out(block));
+      multiply_values<M, kDepths>(a, block, s.probs[index % 2], results.out(block), rows);
     };
-    add_keys(range.begin);
-    tiles.run_down_to(0);
+    NoRows no_rows;
+    multiply_keys_of(range.begin, no_rows);
     const Softmax* previous_softmax = nullptr;
     for (int64_t index = range.begin; index < range.end; ++index) {
       const Block& block = block_at(index);
-      Softmax& softmax = s.softmax[block.first_key / kAttentionPart % 2];
-      if (index + 1 < range.end) add_keys(index + 1);
       const Block* previous = index > range.begin ? &block_at(index - 1) : nullptr;
-      if (previous) add_values(index - 1);
+      Softmax& softmax = s.softmax[block.first_key / kAttentionPart % 2];
       if (block.starts_part) start_part(softmax, item.rows);
       start_block(softmax, item.rows);
-      // The steps still to do, in 1/65536.
-      const int per_row = (tiles.steps() << 16) / item.rows;
-      int left = (tiles.steps() << 16) + 65535;
-      for (int r = 0; r < item.rows; ++r) {
-        softmax_row<TilePath>(block, softmax, s, s.scores[index % 2] + r * kScoreStride, r,
-                              s.probs[index % 2] + r * kDepth);
-        left -= per_row;
-        tiles.run_down_to(left >> 16);
+      const auto run_rows = [&](auto rows) __attribute__((always_inline)) {
+        if (index + 1 < range.end) multiply_keys_of(index + 1, rows);
+        if (previous) multiply_values_of(index - 1, rows);
+        while (rows.done < rows.count) rows.next();
+      };
+      float* const scores = s.scores[index % 2];
+      bf16* const probs = s.probs[index % 2];
+      if (block.groups == kGroups) {
+        run_rows(Rows<true>{block, softmax, s, scores, probs, item.rows});
+      } else {
+        run_rows(Rows<false>{block, softmax, s, scores, probs, item.rows});
       }
-      tiles.run_down_to(0);
       if (previous && previous->ends_part) results.finish(*previous, *previous_softmax);
       if (!block.starts_part) {
         rescale_rows(softmax, item.rows, a.kv.head_dim, results.out(block));
       }
       previous_softmax = &softmax;
     }
-    add_values(range.end - 1);
-    tiles.run_down_to(0);
+    multiply_values_of(range.end - 1, no_rows);
     results.finish(block_at(range.end - 1), *previous_softmax);
   }
 };
@@ -743,9 +812,9 @@ void attention_merge(const AttentionArgs& args, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     const AttentionItem& item = args.items[i];
     const auto part = [&](int64_t index) {
-      float* out = item.partial + index * item.partial_stride;
-      float* max = out + item.rows * args.kv.head_dim;
-      return Partial{out, max, max + kAttentionRows};
+      float* const max = item.partial + index * item.partial_stride;
+      float* const sum = max + kAttentionRows;
+      return Partial{sum + kAttentionRows, max, sum};
     };
     for (int32_t index = 1; index < item.part_end - item.part_begin; ++index) {
       merge(part(0), part(index), item.rows, args.kv.head_dim);
