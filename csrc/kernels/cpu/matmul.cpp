@@ -73,58 +73,52 @@ QN_INLINE void fetch_lines(const bf16* data, int64_t offset, int64_t stride) {
   for (int r = 0; r < 32; ++r, line += 2 * stride) _mm_prefetch(line, _MM_HINT_T0);
 }
 
-/// Two tiles of A: 16 rows x 32 of k each, one below the other.
-void pack_a_tiles(const MatmulArgs& a, int64_t row, int64_t k, bf16* tiles) {
-  if (!a.a_transposed) {
-    const Matrix rows{a.a, a.a_stride, a.m, a.k};
-    fetch_lines(a.a, row * a.a_stride + k + kFetchedAhead, a.a_stride);
-    copy_rows(tiles, rows, row, k);
-    copy_rows(tiles + kTile, rows, row + 16, k);
-    return;
-  }
-  const Matrix rows{a.a, a.a_stride, a.k, a.m};
-  fetch_lines(a.a, (k + 32) * a.a_stride + row, a.a_stride);
-  alignas(64) bf16 pairs[kTile];
-  for (int64_t half = 0; half < 2; ++half) {
-    interleave_rows(pairs, rows, k, row + 16 * half);
-    transpose_dwords(tiles + kTile * half, pairs);
-  }
-}
+/// A or B as it is stored, with k along one axis, the rows of A or columns of B ("outer") along the
+/// other.
+struct Operand {
+  Matrix matrix;
+  bool k_along_rows;
+  bool is_a;
 
-/// Two tiles of B: 16 pairs of k x 16 columns each, side by side.
-void pack_b_tiles(const MatmulArgs& a, int64_t k, int64_t column, bf16* tiles) {
-  if (!a.b_transposed) {
-    const Matrix rows{a.b, a.b_stride, a.k, a.n};
-    fetch_lines(a.b, (k + 32) * a.b_stride + column, a.b_stride);
-    interleave_rows(tiles, rows, k, column);
-    interleave_rows(tiles + kTile, rows, k, column + 16);
-    return;
-  }
-  const Matrix rows{a.b, a.b_stride, a.n, a.k};
-  fetch_lines(a.b, column * a.b_stride + k + kFetchedAhead, a.b_stride);
-  alignas(64) bf16 words[kTile];
-  for (int64_t half = 0; half < 2; ++half) {
-    copy_rows(words, rows, column + 16 * half, k);
-    transpose_dwords(tiles + kTile * half, words);
-  }
-}
-
-/// `steps` tile pairs for each of `panels` panels of B: along the rows of the stored matrix.
-void pack_b(const MatmulArgs& a, int64_t k, int64_t steps, int64_t column, int64_t panels,
-            bf16* packed) {
-  const auto pack = [&](int64_t panel, int64_t step) {
-    pack_b_tiles(a, k + step * 32, column + panel * 32,
-                 packed + (panel * steps + step) * 2 * kTile);
-  };
-  if (a.b_transposed) {
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      for (int64_t step = 0; step < steps; ++step) pack(panel, step);
-    }
-  } else {
-    for (int64_t step = 0; step < steps; ++step) {
-      for (int64_t panel = 0; panel < panels; ++panel) pack(panel, step);
+  /// Two tiles, 16 outer x 32 of k each: [outer][k] of A, [pairs of k][outer][2] of B.
+  void pack(int64_t outer, int64_t k, bf16* tiles) const {
+    const int64_t ahead =
+        k_along_rows ? outer * matrix.stride + k + kFetchedAhead : (k + 32) * matrix.stride + outer;
+    fetch_lines(matrix.data, ahead, matrix.stride);
+    alignas(64) bf16 turned[kTile];
+    const bool turns = is_a != k_along_rows;
+    for (int64_t half = 0; half < 2; ++half, outer += 16, tiles += kTile) {
+      bf16* const to = turns ? turned : tiles;
+      k_along_rows ? copy_rows(to, matrix, outer, k) : interleave_rows(to, matrix, k, outer);
+      if (turns) transpose_dwords(tiles, turned);
     }
   }
+
+  /// `steps` of these for each of `blocks` blocks of 32 outer, [block][step], along the rows of the
+  /// stored matrix: wide enough parts of each to be read at the memory's speed.
+  void pack(int64_t first_outer, int64_t blocks, int64_t first_k, int64_t steps,
+            bf16* packed) const {
+    const int64_t together = k_along_rows ? 1 : kBlocksPackedTogether;
+    for (int64_t begin = 0; begin < blocks; begin += together) {
+      const int64_t end = least(begin + together, blocks);
+      for (int64_t step = 0; step < steps; ++step) {
+        for (int64_t block = begin; block < end; ++block) {
+          pack(first_outer + block * 32, first_k + step * 32,
+               packed + (block * steps + step) * 2 * kTile);
+        }
+      }
+    }
+  }
+};
+
+Operand operand_a(const MatmulArgs& a) {
+  if (a.a_transposed) return {{a.a, a.a_stride, a.k, a.m}, false, true};
+  return {{a.a, a.a_stride, a.m, a.k}, true, true};
+}
+
+Operand operand_b(const MatmulArgs& a) {
+  if (a.b_transposed) return {{a.b, a.b_stride, a.n, a.k}, true, false};
+  return {{a.b, a.b_stride, a.k, a.n}, false, false};
 }
 
 QN_INLINE void load_sums(const float* sums) {
@@ -244,7 +238,7 @@ void multiply_unit(const MatmulArgs& a, int64_t unit, void* scratch) {
   const int64_t pass_steps = (all_steps + passes - 1) / passes;
   for (int64_t first = 0; first < all_steps; first += pass_steps) {
     const int64_t steps = least(pass_steps, all_steps - first);
-    pack_b(a, a.first_depth + first * 32, steps, first_column, panels, packed_b);
+    operand_b(a).pack(first_column, panels, a.first_depth + first * 32, steps, packed_b);
     const bool last = first + steps == all_steps;
     const bool starts = first == 0 && !continues, ends = last && finishes;
     for (int64_t rows = 0; rows < row_blocks; ++rows) {
@@ -269,23 +263,8 @@ void multiply_unit(const MatmulArgs& a, int64_t unit, void* scratch) {
 
 void matmul_pack(const MatmulArgs& args, int64_t begin, int64_t end) {
   const int64_t steps = steps_of(args);
-  const auto pack = [&](int64_t block, int64_t step) {
-    pack_a_tiles(args, args.first_row + block * 32, args.first_depth + step * 32,
-                 args.packed_a + (block * steps + step) * 2 * kTile);
-  };
-  if (!args.a_transposed) {
-    for (int64_t block = begin; block < end; ++block) {
-      for (int64_t step = 0; step < steps; ++step) pack(block, step);
-    }
-    return;
-  }
-  // A part of each stored row at a time, wide enough to be read at the memory's speed.
-  for (int64_t first = begin; first < end; first += kBlocksPackedTogether) {
-    const int64_t last = least(first + kBlocksPackedTogether, end);
-    for (int64_t step = 0; step < steps; ++step) {
-      for (int64_t block = first; block < last; ++block) pack(block, step);
-    }
-  }
+  operand_a(args).pack(args.first_row + begin * 32, end - begin, args.first_depth, steps,
+                       args.packed_a + begin * steps * 2 * kTile);
 }
 
 void matmul(const MatmulArgs& args, int64_t begin, int64_t end, void* scratch) {
