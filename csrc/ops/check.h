@@ -19,6 +19,14 @@ inline void check_dense_rows(const char* op, const char* name, const TensorView&
            " along its last axis, expected 1");
 }
 
+inline void check_vector(const char* op, const char* name, const TensorView& tensor, DType dtype,
+                         int64_t size) {
+  QN_CHECK(
+      tensor.dtype == dtype && tensor.rank == 1 && tensor.shape[0] == size && tensor.contiguous(),
+      "[", op, "] ", name, " is ", tensor.describe(), ", expected dense ", dtype_name(dtype), "[",
+      size, "]");
+}
+
 inline void check_same_shape(const char* op, const char* name, const TensorView& tensor,
                              const char* other_name, const TensorView& other) {
   bool same = tensor.rank == other.rank && tensor.dtype == other.dtype;

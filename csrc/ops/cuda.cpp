@@ -8,10 +8,7 @@
 namespace qn::ops {
 namespace {
 
-using qn::cuda::Device;
 using qn::cuda::KvPages;
-
-const Device& device_of(const Gpu& gpu) { return static_cast<const Device&>(gpu); }
 
 KvPages pages_of(const KvLayer& layer) {
   return {layer.base,
@@ -52,7 +49,7 @@ void repack_weight(const WeightView& weight, int64_t first_row, int64_t rows, co
   args.cols = weight.cols;
   args.total_rows = weight.rows;
   args.format = weight.format;
-  gpu.check(device_of(gpu).launchers().repack(&args, gpu.stream()), "repack a weight");
+  gpu.check(cuda::device_of(gpu).launchers().repack(&args, gpu.stream()), "repack a weight");
 }
 
 void draw_tokens(const TensorView& token, const TensorView& log_prob, const TensorView& logits,
@@ -82,15 +79,10 @@ void linear_w8a8(const TensorView& out, const TensorView& x, const TensorView& c
   const int64_t tokens = x.shape[0], rows = codes.shape[0], cols = x.shape[1];
   QN_CHECK(out.rank == 2 && out.shape[0] == tokens && out.shape[1] == rows, "[linear_w8a8] out is ",
            out.describe(), ", expected [", tokens, ", ", rows, "]");
-  QN_CHECK(scales.dtype == DType::F32 && scales.rank == 1 && scales.contiguous() &&
-               scales.shape[0] == rows && is_aligned(scales.data),
-           "[linear_w8a8] scales is ", scales.describe(), ", expected dense f32[", rows,
-           "] from a multiple of 16 bytes on");
-  if (bias != nullptr) {
-    QN_CHECK(bias->dtype == DType::BF16 && bias->rank == 1 && bias->contiguous() &&
-                 bias->shape[0] == rows,
-             "[linear_w8a8] bias is ", bias->describe(), ", expected dense bf16[", rows, "]");
-  }
+  check_vector(kOp, "scales", scales, DType::F32, rows);
+  QN_CHECK(is_aligned(scales.data), "[linear_w8a8] scales begins at no multiple of 16 bytes, ",
+           "expected one on a GPU");
+  if (bias != nullptr) check_vector(kOp, "bias", *bias, DType::BF16, rows);
   qn::cuda::QuantizeTokensArgs tokens_args{};
   tokens_args.x_stride = cuda::chunked_rows(kOp, "x", x, DType::BF16);
   qn::cuda::GemmArgs args{};
@@ -121,10 +113,6 @@ void linear_w8a8(const TensorView& out, const TensorView& x, const TensorView& c
 
 namespace cuda {
 
-const qn::cuda::Launchers& launchers(const ExecContext& context) {
-  return device_of(*context.gpu).launchers();
-}
-
 void rms_norm(const RmsNormArgs& args, int64_t rows, const ExecContext& context) {
   context.gpu->check(launchers(context).rms_norm(&args, rows, context.gpu->stream()),
                      "run rms_norm");
@@ -154,7 +142,7 @@ void run_gemm(const char* op, decltype(&::qn_cuda_gemm_bf16) gemm, qn::cuda::Gem
   QN_CHECK(is_aligned(args.bias), "[", op, "] bias begins at no multiple of 16 bytes, expected ",
            "one on a GPU");
   const Workspace::Scope scope(context.workspace);
-  const Device& device = device_of(*context.gpu);
+  const qn::cuda::Device& device = cuda::device_of(*context.gpu);
   qn::cuda::GemmPlan plan;
   device.launchers().gemm_plan(&args, &device.device_info(), &plan);
   const int64_t bytes = device.launchers().gemm_workspace(&plan);

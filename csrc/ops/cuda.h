@@ -25,8 +25,13 @@ inline const char* scales_of(const WeightView& weight) {
          code_bytes(weight.format, weight.rows, weight.cols);
 }
 
-/// Of the context's GPU.
-const qn::cuda::Launchers& launchers(const ExecContext& context);
+inline const qn::cuda::Device& device_of(const Gpu& gpu) {
+  return static_cast<const qn::cuda::Device&>(gpu);
+}
+
+inline const qn::cuda::Launchers& launchers(const ExecContext& context) {
+  return device_of(*context.gpu).launchers();
+}
 
 /// Elements between the rows of a matrix that the GEMMs copy in chunks of 16 bytes; throws when
 /// its rows are none, or when they do not have `dtype`.

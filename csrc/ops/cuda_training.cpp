@@ -1,3 +1,5 @@
+#include <cmath>
+
 #include "ops/check.h"
 #include "ops/cuda.h"
 #include "ops/gpu.h"
@@ -15,15 +17,10 @@ void linear_xent(const TensorView& log_prob, const TensorView& hidden, const Ten
   const int64_t tokens = hidden.shape[0], vocab = weight.shape[0];
   QN_CHECK(vocab % 8 == 0 && vocab > 0, "[linear_xent] weight is ", weight.describe(),
            ", expected a multiple of 8 rows");
-  const auto check_vector = [&](const char* name, const TensorView& vector, DType dtype) {
-    QN_CHECK(vector.dtype == dtype && vector.rank == 1 && vector.shape[0] == tokens &&
-                 vector.contiguous(),
-             "[linear_xent] ", name, " is ", vector.describe(), ", expected dense ",
-             dtype_name(dtype), "[", tokens, "]");
-  };
-  check_vector("log_prob", log_prob, DType::F32);
-  check_vector("targets", targets, DType::I32);
-  QN_CHECK(scale > 0.0f, "[linear_xent] scale is ", scale, ", expected a positive number");
+  check_vector(kOp, "log_prob", log_prob, DType::F32, tokens);
+  check_vector(kOp, "targets", targets, DType::I32, tokens);
+  QN_CHECK(std::isfinite(scale) && scale > 0, "[linear_xent] scale is ", scale,
+           ", expected a positive number");
   QN_CHECK(chunk_tokens > 0, "[linear_xent] chunk_tokens is ", chunk_tokens,
            ", expected at least 1");
   qn::cuda::LinearXentArgs args{};
@@ -39,7 +36,7 @@ void linear_xent(const TensorView& log_prob, const TensorView& hidden, const Ten
   args.weight_stride = cuda::chunked_rows(kOp, "weight", weight, DType::BF16);
   args.scale = scale;
   if (grads != nullptr) {
-    check_vector("grad", *grads->log_prob, DType::F32);
+    check_vector(kOp, "grad", *grads->log_prob, DType::F32, tokens);
     args.grad = grads->log_prob->as<const float>();
     if (grads->hidden != nullptr) {
       check_same_shape(kOp, "dhidden", *grads->hidden, "hidden", hidden);
@@ -59,7 +56,7 @@ void linear_xent(const TensorView& log_prob, const TensorView& hidden, const Ten
   }
   if (tokens == 0) return;
   const Workspace::Scope scope(context.workspace);
-  const auto& device = static_cast<const qn::cuda::Device&>(*context.gpu);
+  const qn::cuda::Device& device = cuda::device_of(*context.gpu);
   const int64_t bytes = device.launchers().linear_xent_workspace(&args, &device.device_info());
   args.workspace = context.workspace.allocate(static_cast<size_t>(bytes));
   device.check(device.launchers().linear_xent(&args, &device.device_info(), device.stream()),

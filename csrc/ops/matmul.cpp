@@ -35,11 +35,7 @@ void matmul(const TensorView& out, const TensorView& a, bool a_transposed, const
   QN_CHECK(out.rank == 2 && out.shape[0] == m && out.shape[1] == n, "[matmul] out is ",
            out.describe(), ", expected [", m, ", ", n, "]");
   check_dense_rows("matmul", "out", out);
-  if (bias != nullptr) {
-    QN_CHECK(
-        bias->rank == 1 && bias->dtype == DType::BF16 && bias->contiguous() && bias->shape[0] == n,
-        "[matmul] bias is ", bias->describe(), ", expected dense bf16[", n, "]");
-  }
+  if (bias != nullptr) check_vector("matmul", "bias", *bias, DType::BF16, n);
   if (m == 0 || n == 0) return;
   if (context.gpu != nullptr)
     return cuda::matmul(out, a, a_transposed, b, b_transposed, bias, add, context);

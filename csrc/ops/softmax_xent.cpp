@@ -6,17 +6,6 @@
 #include "ops/ops.h"
 
 namespace qn::ops {
-namespace {
-
-void check_per_row(const char* name, const TensorView& tensor, const TensorView& logits,
-                   DType dtype) {
-  QN_CHECK(tensor.rank == 1 && tensor.dtype == dtype && tensor.contiguous() &&
-               tensor.shape[0] == logits.shape[0],
-           "[softmax_xent] ", name, " is ", tensor.describe(), ", expected dense ",
-           dtype_name(dtype), "[", logits.shape[0], "]");
-}
-
-}  // namespace
 
 void softmax_xent(const TensorView& log_prob, const TensorView& logits, const TensorView& targets,
                   float scale, const TensorView* grad, const ExecContext& context) {
@@ -24,9 +13,10 @@ void softmax_xent(const TensorView& log_prob, const TensorView& logits, const Te
            ", expected [rows, vocab], vocab at least 1");
   check_float("softmax_xent", "logits", logits);
   check_dense_rows("softmax_xent", "logits", logits);
-  check_per_row("log_prob", log_prob, logits, DType::F32);
-  check_per_row("targets", targets, logits, DType::I32);
-  if (grad != nullptr) check_per_row("grad", *grad, logits, DType::F32);
+  const int64_t rows = logits.shape[0];
+  check_vector("softmax_xent", "log_prob", log_prob, DType::F32, rows);
+  check_vector("softmax_xent", "targets", targets, DType::I32, rows);
+  if (grad != nullptr) check_vector("softmax_xent", "grad", *grad, DType::F32, rows);
   QN_CHECK(std::isfinite(scale) && scale > 0, "[softmax_xent] scale is ", scale,
            ", expected a positive number");
   SoftmaxXentArgs args{};
@@ -38,13 +28,13 @@ void softmax_xent(const TensorView& log_prob, const TensorView& logits, const Te
   args.logits_stride = logits.stride[0];
   args.scale = scale;
   args.dtype = logits.dtype;
-  if (context.gpu != nullptr) return cuda::softmax_xent(args, logits.shape[0], context);
-  for (int64_t row = 0; row < logits.shape[0]; ++row) {
+  if (context.gpu != nullptr) return cuda::softmax_xent(args, rows, context);
+  for (int64_t row = 0; row < rows; ++row) {
     QN_CHECK(args.targets[row] >= -1 && args.targets[row] < args.vocab, "[softmax_xent] targets[",
              row, "] is ", args.targets[row], ", expected -1 to ", args.vocab - 1);
   }
   const auto kernel = cpu::active_cpu_kernels().softmax_xent;
-  context.pool.parallel_for(logits.shape[0], 1,
+  context.pool.parallel_for(rows, 1,
                             [&](int64_t begin, int64_t end, int) { kernel(args, begin, end); });
 }
 
