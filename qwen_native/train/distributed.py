@@ -87,10 +87,8 @@ def world() -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def whole_state(model: nn.Module, world: World) -> dict[str, torch.Tensor]:
-    """All parameters gathered on the main process; the others get nothing."""
-    if not world.distributed:
-        return dict(model.state_dict())
+def whole_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters of a sharded model on the main process; the others get nothing."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     state: dict[str, Any] = get_model_state_dict(model, options=options)
     return state

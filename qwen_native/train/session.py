@@ -207,9 +207,9 @@ def run(
         else:
             metrics.restart()
         loop.train()
-        state = whole_state(trained, processes) if processes.distributed else {}
+        state = whole_state(trained) if processes.distributed else None
         if processes.is_main and not (folder / "model").exists():
-            result = design.filled(made, state) if processes.distributed else trained
+            result = trained if state is None else design.filled(made, state)
             if save is not None:
                 save(config, result, folder / "model")
             else:
