@@ -60,7 +60,7 @@ def _empty(like: Any, shape: tuple[int, ...]) -> Any:
 def _empty_f32(like: Any, shape: tuple[int, ...]) -> Any:
     if isinstance(like, np.ndarray):
         return np.empty(shape, np.float32)
-    return like.new_empty(shape).float()
+    return like.new_empty((0,)).float().new_empty(shape)  # nothing is converted
 
 
 def _on_gpu(x: Any) -> bool:
@@ -527,7 +527,8 @@ def gather(ids: Any, table: Any) -> Any:
     """
     ids = _detach(ids)
     shape = (int(ids.shape[0]), int(table.shape[1]))
-    out = _empty(ids, shape).bfloat16() if _on_gpu(ids) else _empty_f32(ids, shape)
+    narrow = _on_gpu(ids)
+    out = _empty(ids.new_empty((0,)).bfloat16(), shape) if narrow else _empty_f32(ids, shape)
     _C.gather(out, ids, _detach(table))
     return out
 
