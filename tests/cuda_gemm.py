@@ -184,12 +184,18 @@ def run_gemm(
     )
 
 
-def assert_no_bank_conflicts(sim: Simulator, *apart_from: str) -> None:
-    """`apart_from`: pieces of source lines, outside of any inner loop, that may have some."""
+def assert_no_bank_conflicts(sim: Simulator, *apart_from: str, ldmatrix: bool = True) -> None:
+    """`apart_from`: pieces of source lines, outside of any inner loop, that may have some.
+
+    `ldmatrix`: whether the kernel has these instructions.
+    """
     counted = sim.counters()
+    assert counted.mma > 0 and (counted.ldmatrix > 0) == ldmatrix
     assert counted.ldmatrix_wavefronts == 4 * counted.ldmatrix
-    for line in sim.line_traffic():
-        if line.shared and line.units != line.units_needed:
+    lines = [line for line in sim.line_traffic() if line.shared]
+    assert lines
+    for line in lines:
+        if line.units != line.units_needed:
             assert any(piece in _source_of(line.where) for piece in apart_from), line
 
 

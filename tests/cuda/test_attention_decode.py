@@ -84,7 +84,7 @@ def test_traffic_is_within_5_percent(sim, rng, bits, heads):
 def test_no_bank_conflicts(sim, rng, head_dim, bits):
     run_attention(sim, rng, [150], 4, 1, head_dim, bits=bits)
     # q of an int8 cache and the sum over the warps, each once per block.
-    assert_no_bank_conflicts(sim, "ld8(&q[", "&result.out[w]")
+    assert_no_bank_conflicts(sim, "ld8(&q[", "&result.out[w]", ldmatrix=bits == 16)
 
 
 @pytest.mark.parametrize(("head_dim", "bits"), [(64, 16), (80, 16), (64, 8), (80, 8)])

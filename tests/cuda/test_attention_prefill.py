@@ -80,7 +80,7 @@ def test_traffic(sim, rng):
 def test_no_bank_conflicts(sim, rng, head_dim, bits):
     run_attention(sim, rng, [150], 2, 1, head_dim, query_lens=[80], bits=bits)
     # q of an int8 cache, once per block.
-    assert_no_bank_conflicts(sim, "ld8(&q[")
+    assert_no_bank_conflicts(sim, "ld8(&q[", ldmatrix=bits == 16)
 
 
 @pytest.mark.parametrize(("head_dim", "bits"), [(64, 16), (80, 16), (64, 8), (80, 8)])
