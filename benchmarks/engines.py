@@ -130,8 +130,17 @@ class LlamaCpp:
         params.kv_unified = True
         params.n_threads = params.n_threads_batch = threads
         self.params = params
-        self.context = llama_cpp.llama_init_from_model(self.model, params)
+        self.context = self._new_context(flash_attention=True)
         self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
+
+    def _new_context(self, flash_attention: bool) -> Any:
+        """With flash attention, the default, prefill is faster, and decoding at 4096 tokens takes
+        three times as long."""
+        names = {True: "AUTO", False: "DISABLED"}
+        self.params.flash_attn_type = getattr(
+            self.api, f"LLAMA_FLASH_ATTN_TYPE_{names[flash_attention]}"
+        )
+        return self.api.llama_init_from_model(self.model, self.params)
 
     @staticmethod
     def requantised(source: Path, weights: str) -> Path:
@@ -184,29 +193,23 @@ class LlamaCpp:
         return time.perf_counter() - begin
 
     def decode_seconds(self, tokens: int, depth: int) -> float:
-        if depth == 0:
-            return self._steps_seconds(tokens, 1)
-        # Its flash attention, the default, makes its prefill faster and decoding at 4096 tokens a
-        # third as fast.
-        usual, params = self.context, self.params
-        params.flash_attn_type = self.api.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self.context = self.api.llama_init_from_model(self.model, params)
-        seconds = self._steps_seconds(tokens, depth)
-        self.api.llama_free(self.context)
-        params.flash_attn_type = self.api.LLAMA_FLASH_ATTN_TYPE_AUTO
-        self.context = usual
-        return seconds
-
-    def _steps_seconds(self, tokens: int, depth: int) -> float:
-        ids = _random_ids(depth, self.vocab, 0)
-        self._clear()
-        self._decode(ids)
-        begin = time.perf_counter()
-        token = ids[-1]
-        for _ in range(tokens):
-            self._decode([token])
-            token = int(self._logits(-1).argmax())
-        return time.perf_counter() - begin
+        usual = self.context
+        if depth > 0:
+            self.context = self._new_context(flash_attention=False)
+        try:
+            ids = _random_ids(max(depth, 1), self.vocab, 0)
+            self._clear()
+            self._decode(ids)
+            begin = time.perf_counter()
+            token = ids[-1]
+            for _ in range(tokens):
+                self._decode([token])
+                token = int(self._logits(-1).argmax())
+            return time.perf_counter() - begin
+        finally:
+            if self.context is not usual:
+                self.api.llama_free(self.context)
+                self.context = usual
 
     def _fill(self, batch: Any, ids: Sequence[int], positions: Sequence[int], one: bool) -> None:
         """Tokens of one sequence with ascending positions, or one token for each sequence."""

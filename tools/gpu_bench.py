@@ -69,6 +69,7 @@ class Bench:
         self.rows: list[Row] = []
         self.bandwidth = self._bandwidth()
         self.peak = self._matrix_peak()
+        self.int4_layers = int4_layers() if self.with_torch else {}
 
     def seconds(self, run: Callable[[int], None]) -> float:
         """Median seconds of one of the calls run(0), run(1), ... that are queued together."""
@@ -180,40 +181,45 @@ def rms_norm(bench: Bench, tokens: int, cols: int) -> None:
     bench.gpu.reset()
 
 
-def int4_peers(bench: Bench, tokens: int) -> dict[str, Callable[[], object]]:
-    """Products with 4-bit weights of torchao and Marlin (IST-DASLab), where they are installed.
+def int4_layers() -> dict[str, list[Any]]:
+    """Linear layers of torchao and Marlin (IST-DASLab), where they are installed, on the GPU.
 
-    Both with groups of 128, Marlin in float16, as that is all it has; weights in turn as ours.
+    As many as no L2 cache holds, with groups of 128. Marlin takes float16 alone.
     """
-    peers: dict[str, Callable[[], object]] = {}
-    if not bench.with_torch:
-        return peers
     rows, cols = LAYER
     copies = max(1, CACHED // (rows * cols // 2))
+    found: dict[str, list[Any]] = {}
+    if importlib.util.find_spec("torchao"):
+        from torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+        tiles = Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d")
+        found["torchao"] = []
+        for _ in range(copies):
+            layer = torch.nn.Sequential(torch.nn.Linear(cols, rows, bias=False))
+            quantize_(layer.to("cuda", torch.bfloat16), tiles)
+            found["torchao"].append(layer)
+    if importlib.util.find_spec("marlin_cuda"):  # "marlin" on PyPI is something else
+        import marlin
+
+        found["Marlin"] = [marlin.Layer(cols, rows, groupsize=128).cuda() for _ in range(copies)]
+        for layer in found["Marlin"]:  # time does not depend on the codes, but it may on NaN
+            layer.B.zero_()
+            layer.s.fill_(1.0)
+    return found
+
+
+def int4_peers(bench: Bench, tokens: int) -> dict[str, Callable[[], object]]:
+    """A product of each library with the next one of its layers."""
 
     def in_turn(layers: list[Any], x: torch.Tensor) -> Callable[[], object]:
         turn = itertools.cycle(layers)
         return lambda: next(turn)(x)
 
-    if importlib.util.find_spec("torchao"):
-        from torchao.quantization import Int4WeightOnlyConfig, quantize_
-
-        tiles = Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d")
-        layers = []
-        for _ in range(copies):
-            layer = torch.nn.Sequential(torch.nn.Linear(cols, rows, bias=False))
-            quantize_(layer.to("cuda", torch.bfloat16), tiles)
-            layers.append(layer)
-        peers["torchao"] = in_turn(layers, bench.on_torch(tokens, cols))
-    if importlib.util.find_spec("marlin_cuda"):  # "marlin" on PyPI is something else
-        import marlin
-
-        layers = [marlin.Layer(cols, rows, groupsize=128).cuda() for _ in range(copies)]
-        for layer in layers:  # time does not depend on the codes, but it may on NaN
-            layer.B.zero_()
-            layer.s.fill_(1.0)
-        peers["Marlin"] = in_turn(layers, bench.on_torch(tokens, cols).half())
-    return peers
+    x = bench.on_torch(tokens, LAYER[1])
+    return {
+        name: in_turn(layers, x.half() if name == "Marlin" else x)
+        for name, layers in bench.int4_layers.items()
+    }
 
 
 def gemm(bench: Bench, bits: int, tokens: int) -> None:
