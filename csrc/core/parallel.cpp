@@ -20,8 +20,10 @@
 namespace qn {
 namespace {
 
-constexpr int kSpinPauses = 2000;        // about 30 to 90 microseconds
-constexpr int64_t kChunksPerThread = 4;  // balances a disturbed core, still keeps streams long
+constexpr int kSpinPauses = 2000;  // about 30 to 90 microseconds
+/// A thread takes this part of an equal share of what is left: chunks are long at first, which
+/// keeps streams long, and short at the end, which has all threads finish together.
+constexpr int64_t kShareDivisor = 2;
 
 /// A wait longer than this many of the caller's own chunks is a stall: the worker was taken off its
 /// CPU. Ticks are those of the time stamp counter, two to four to the nanosecond.
@@ -99,7 +101,8 @@ struct ThreadPool::State {
   alignas(64) RangeFn fn = nullptr;
   void* body = nullptr;
   int64_t n = 0;
-  int64_t chunk = 1;
+  int64_t grain = 1;
+  int64_t divisor = 1;  // of what is left
   std::atomic<bool> failed{false};
   std::exception_ptr failure;  // written by the thread that sets `failed`
 
@@ -160,10 +163,13 @@ struct ThreadPool::State {
   int64_t take_chunks(int thread) {
     int64_t taken = 0;
     try {
-      for (;; ++taken) {
-        const int64_t begin = next.fetch_add(chunk, std::memory_order_relaxed);
-        if (begin >= n) return taken;
-        fn(body, begin, std::min(n, begin + chunk), thread);
+      int64_t begin = next.load(std::memory_order_relaxed);
+      while (begin < n) {
+        const int64_t end = std::min(n, begin + next_chunk(n - begin));
+        if (!next.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+        ++taken;
+        fn(body, begin, end, thread);
+        begin = next.load(std::memory_order_relaxed);
       }
     } catch (...) {
       next.store(n, std::memory_order_relaxed);
@@ -171,6 +177,8 @@ struct ThreadPool::State {
     }
     return taken;
   }
+
+  int64_t next_chunk(int64_t left) const { return std::max(left / divisor, grain) / grain * grain; }
 
   void work(const ThreadPool* pool, int thread) {
     current_pool = pool;
@@ -248,8 +256,8 @@ void ThreadPool::run(int64_t n, int64_t grain, RangeFn fn, void* body) {
   std::lock_guard<std::mutex> one_region(state_->caller);
   State& state = *state_;
   if (state.workers.empty()) state.start_workers(this, threads_);
-  const int64_t wanted = std::max<int64_t>(n / (threads_ * kChunksPerThread), 1);
-  state.chunk = (wanted + grain - 1) / grain * grain;
+  state.grain = grain;
+  state.divisor = kShareDivisor * threads_;
   state.fn = fn;
   state.body = body;
   state.n = n;
@@ -259,7 +267,7 @@ void ThreadPool::run(int64_t n, int64_t grain, RangeFn fn, void* body) {
   if (state.stalls.alone()) {
     state.take_chunks(0);
   } else {
-    state.run_region((n + state.chunk - 1) / state.chunk);
+    state.run_region((n + grain - 1) / grain);
   }
   current_pool = outer_pool;
   current_thread = outer_thread;

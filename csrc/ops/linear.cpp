@@ -197,6 +197,13 @@ int64_t balanced_chunk(int64_t units, int threads) {
   return best;
 }
 
+/// The same for a single token, which reads panels as fast as memory gives them: the last chunks of
+/// a long matrix may be as short as the panels that are walked side by side.
+int64_t gemv_chunk(int64_t units, int threads) {
+  constexpr int64_t kSideBySide = 4, kLong = 32;
+  return units < kLong * threads ? balanced_chunk(units, threads) : kSideBySide;
+}
+
 }  // namespace
 
 void linear(const TensorView& out, const TensorView& x, std::span<const LinearSegment> segments,
@@ -230,20 +237,21 @@ void linear(const TensorView& out, const TensorView& x, std::span<const LinearSe
   const int threads = context.pool.threads();
   char* scratch = context.workspace.allocate_array<char>(scratch_bytes * threads);
 
-  context.pool.parallel_for(
-      units, balanced_chunk(units, threads), [&](int64_t begin, int64_t end, int thread) {
-        for (const Job& job : jobs) {
-          const int64_t first = std::max(begin, job.first_unit), last = std::min(end, job.end_unit);
-          if (first >= last) continue;
-          std::visit(
-              [&](const auto& kernel) {
-                auto args = kernel.args;
-                args.scratch = scratch + thread * scratch_bytes;
-                kernel.run(args, first - job.first_unit, last - job.first_unit);
-              },
-              job.kernel);
-        }
-      });
+  const int64_t grain =
+      x.shape[0] == 1 ? gemv_chunk(units, threads) : balanced_chunk(units, threads);
+  context.pool.parallel_for(units, grain, [&](int64_t begin, int64_t end, int thread) {
+    for (const Job& job : jobs) {
+      const int64_t first = std::max(begin, job.first_unit), last = std::min(end, job.end_unit);
+      if (first >= last) continue;
+      std::visit(
+          [&](const auto& kernel) {
+            auto args = kernel.args;
+            args.scratch = scratch + thread * scratch_bytes;
+            kernel.run(args, first - job.first_unit, last - job.first_unit);
+          },
+          job.kernel);
+    }
+  });
 }
 
 double token_cost() {

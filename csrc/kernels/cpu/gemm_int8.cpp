@@ -19,7 +19,7 @@ namespace {
 constexpr int kHalves = 2;
 constexpr int kStreams = QN_ISA_LEVEL >= 1 ? 4 : 1;
 constexpr int kTokens = QN_ISA_LEVEL == 1 ? 2 : 4;
-constexpr int64_t kPrefetchBytes = 3072;
+constexpr int64_t kPrefetchBytes = 1536;
 constexpr int64_t kActivationBytesPerPass = 1 << 20;  // what stays in L2 beside a panel
 constexpr int64_t kDwords = kInt8GroupSize / 4;
 
@@ -55,18 +55,15 @@ QN_INLINE void gemm_block(const GemmFoldedArgs& a, int64_t first, int64_t step, 
     const int64_t end = s + steps_per_block < steps ? s + steps_per_block : steps;
     for (; s < end; ++s) {
       const int8_t* group = x.codes + s * x.step;
-#pragma GCC unroll 4
-      for (int p = 0; p < kPanels; ++p) {
-        const int8_t* block = codes_at(p, s, 0);
-#pragma GCC unroll 32
-        for (int64_t i = 0; i < kInt8BlockBytes; i += 64) {
-          __builtin_prefetch(block + kPrefetchBytes + i, 0, 3);
-        }
 #pragma GCC unroll 16
-        for (int i = 0; i < kDwords; ++i) {
+      for (int i = 0; i < kDwords; ++i) {
+#pragma GCC unroll 4
+        for (int p = 0; p < kPanels; ++p) {
 #pragma GCC unroll 2
           for (int h = 0; h < kHalves; ++h) {
-            const Codes codes = Codes::load_signed(codes_at(p, s, h) + 64 * i);
+            const int8_t* line = codes_at(p, s, h) + 64 * i;
+            __builtin_prefetch(line + kPrefetchBytes, 0, 3);
+            const Codes codes = Codes::load_signed(line);
 #pragma GCC unroll 4
             for (int t = 0; t < kCount; ++t) {
               sums[p][h][t].add(codes, group + t * kFoldedTileCols + 4 * i);
@@ -115,17 +112,18 @@ void gemm_tokens(const GemmFoldedArgs& a, int64_t panel, int64_t token, int64_t 
   }
 }
 
-/// One token: the panels are cut into kStreams runs that are walked side by side.
+/// One token: the panels are cut into kPanels runs that are walked side by side.
+template <int kPanels = kStreams>
 void gemv(const GemmFoldedArgs& a, int64_t begin, int64_t end) {
-  const int64_t run = (end - begin) / kStreams;
-  for (int64_t i = 0; i < run; ++i) gemm_block<kStreams, 1>(a, begin + i, run, 0);
-  for (int64_t p = begin + run * kStreams; p < end; ++p) gemm_block<1, 1>(a, p, 1, 0);
+  const int64_t run = (end - begin) / kPanels;
+  for (int64_t i = 0; i < run; ++i) gemm_block<kPanels, 1>(a, begin + i, run, 0);
+  if constexpr (kPanels > 1) gemv<kPanels - 1>(a, begin + run * kPanels, end);
 }
 
 }  // namespace
 
 void gemm_int8(const GemmFoldedArgs& a, int64_t begin, int64_t end) {
-  if (a.x.tokens == 1) return gemv(a, begin, end);
+  if (a.x.tokens == 1) return gemv<>(a, begin, end);
   const int64_t fitting = kActivationBytesPerPass / (folded_cols(a.cols) * kTokenTile + 1);
   const int64_t pass = (fitting > 1 ? fitting : 1) * kTokenTile;
   for (int64_t pass_begin = 0; pass_begin < a.x.tokens; pass_begin += pass) {

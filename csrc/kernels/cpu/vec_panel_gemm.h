@@ -13,9 +13,10 @@
 // The sums are exact and every element sees the same float operations in the same order whatever
 // the number of tokens, so its bits do not depend on the batch. (Int4 is centred like that because
 // sums of uncentred codes and of mins are large and nearly cancel.) Tokens go through registers
-// kTokens at a time while a panel stays in L1 or L2. A single token walks kStreams panels at once:
-// one sequential stream per core does not fill the queue of outstanding cache misses. Weights are
-// prefetched 3 KB ahead, also over the end of a panel into the next one.
+// kTokens at a time while a panel stays in L1 or L2. A single token walks kStreams panels at once,
+// a cache line of each in turn: one sequential stream per core does not fill the queue of
+// outstanding cache misses. Weights are prefetched 4.5 KB ahead, also over the end of a panel into
+// the next one.
 #pragma once
 #include "kernels/cpu/vec_dot.h"
 
@@ -44,8 +45,9 @@ struct Int4Panel {
 
 constexpr int kHalves = 2;
 constexpr int kStreams = QN_ISA_LEVEL >= 1 ? 4 : 1;
+constexpr bool kManyRegisters = QN_ISA_LEVEL >= 2;
 constexpr int kTokensPerBlock = QN_ISA_LEVEL == 1 ? 4 : 8;
-constexpr int64_t kPrefetchBytes = 3072;
+constexpr int64_t kPrefetchBytes = 4608;
 constexpr int64_t kActivationBytesPerPass = 1 << 20;  // what stays in L2 beside a panel
 
 /// Of the weights of a group of sixteen rows whose code is 8; scale and min as stored.
@@ -55,23 +57,20 @@ QN_INLINE Vec int4_offset(Vec scale, Vec min, const PanelHeader* header, int hal
   return fma(scale, Vec(8.0f) * row_scale, Vec::zero() - row_min * min);
 }
 
-/// Adds the products of one half of a block with one group of kTokens tokens; x [kTokens][32].
-template <class Format, int kTokens>
-QN_INLINE void add_group(const uint8_t* codes, const int8_t* x, GroupSum<Format::kBits>* sums) {
-  constexpr int kVectors = Format::kBits * 32 * kHalfPanelRows / 8 / 64;
+/// Adds the products of 64 bytes of codes, the i-th of a half block, with one group of kTokens
+/// tokens; x [kTokens][32].
+template <int kBits, int kTokens>
+QN_INLINE void add_codes(const uint8_t* codes, const int8_t* x, int i, GroupSum<kBits>* sums) {
+  const Codes loaded = Codes::load(codes);
+  if constexpr (kBits == 8) {
 #pragma GCC unroll 8
-  for (int i = 0; i < kVectors; ++i) {
-    const Codes loaded = Codes::load(codes + 64 * i);
-    if constexpr (Format::kBits == 8) {
+    for (int t = 0; t < kTokens; ++t) sums[t].add(loaded, x + t * kGroupSize + 4 * i);
+  } else {
+    const Codes low = loaded.low(), high = loaded.high();
 #pragma GCC unroll 8
-      for (int t = 0; t < kTokens; ++t) sums[t].add(loaded, x + t * kGroupSize + 4 * i);
-    } else {
-      const Codes low = loaded.low(), high = loaded.high();
-#pragma GCC unroll 8
-      for (int t = 0; t < kTokens; ++t) {
-        sums[t].add(low, x + t * kGroupSize + 8 * i);
-        sums[t].add(high, x + t * kGroupSize + 8 * i + 4);
-      }
+    for (int t = 0; t < kTokens; ++t) {
+      sums[t].add(low, x + t * kGroupSize + 8 * i);
+      sums[t].add(high, x + t * kGroupSize + 8 * i + 4);
     }
   }
 }
@@ -97,35 +96,52 @@ QN_INLINE void gemm_block(const GemmQuantizedArgs& a, int64_t first, int64_t ste
     }
   }
 
+  // Half panels whose sums are in registers together; the first ones of all panels come first.
+  constexpr int kParts = kPanels * kHalves;
+  constexpr int kTogether = kTokens == 1 && kManyRegisters ? kParts : 1;
+  constexpr int64_t kHalfCodes = (Format::kBlock - kScaleBytes) / kHalves;
+  constexpr int kVectors = kHalfCodes / 64;
   for (int64_t g = 0; g < groups; ++g) {
     const int64_t at = slot.first + g * slot.stride;
     const int8_t* x = a.x.codes + at * kGroupSize;
-#pragma GCC unroll 4
-    for (int p = 0; p < kPanels; ++p) {
-      const uint8_t* block = panels + p * step * panel_size + Format::kHeader + g * Format::kBlock;
-#pragma GCC unroll 17
-      for (int64_t i = 0; i < Format::kBlock; i += 64) {
-        __builtin_prefetch(block + kPrefetchBytes + i, 0, 3);
+    const auto block_of = [&](int p) {
+      return panels + p * step * panel_size + Format::kHeader + g * Format::kBlock;
+    };
+#pragma GCC unroll 8
+    for (int part = 0; part < kParts; part += kTogether) {
+      GroupSum<Format::kBits> sums[kTogether][kTokens];
+#pragma GCC unroll 8
+      for (auto& of_part : sums) {
+        for (int t = 0; t < kTokens; ++t) of_part[t].start(a.x.negative_sum[at + t]);
       }
-#pragma GCC unroll 2
-      for (int h = 0; h < kHalves; ++h) {
-        GroupSum<Format::kBits> sums[kTokens];
-        for (int t = 0; t < kTokens; ++t) sums[t].start(a.x.negative_sum[at + t]);
-        constexpr int64_t kHalfCodes = (Format::kBlock - kScaleBytes) / kHalves;
-        add_group<Format, kTokens>(block + kScaleBytes + h * kHalfCodes, x, sums);
+#pragma GCC unroll 8
+      for (int i = 0; i < kVectors; ++i) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kTogether; ++j) {
+          const int p = (part + j) % kPanels, h = (part + j) / kPanels;
+          const uint8_t* codes = block_of(p) + kScaleBytes + h * kHalfCodes + 64 * i;
+          __builtin_prefetch(codes + kPrefetchBytes, 0, 3);
+          add_codes<Format::kBits, kTokens>(codes, x, i, sums[j]);
+        }
+      }
+#pragma GCC unroll 8
+      for (int j = 0; j < kTogether; ++j) {
+        const int p = (part + j) % kPanels, h = (part + j) / kPanels;
+        const uint8_t* block = block_of(p);
+        if (h == 0) __builtin_prefetch(block + kPrefetchBytes, 0, 3);
         if constexpr (Format::kHasMin) {
           const Vec scale = load_bytes(block + 16 * h);
           const Vec offset = int4_offset(scale, load_bytes(block + 32 + 16 * h), header(p), h);
 #pragma GCC unroll 8
           for (int t = 0; t < kTokens; ++t) {
-            y[p][h][t] = fma(sums[t].value(), scale * Vec(a.x.scale[at + t]), y[p][h][t]);
+            y[p][h][t] = fma(sums[j][t].value(), scale * Vec(a.x.scale[at + t]), y[p][h][t]);
             z[p][h][t] = fma(offset, Vec(a.x.scaled_sum[at + t]), z[p][h][t]);
           }
         } else {
           const Vec scale = load_halfs(block + 32 * h);
 #pragma GCC unroll 8
           for (int t = 0; t < kTokens; ++t) {
-            y[p][h][t] = fma(sums[t].value(), scale * Vec(a.x.scale[at + t]), y[p][h][t]);
+            y[p][h][t] = fma(sums[j][t].value(), scale * Vec(a.x.scale[at + t]), y[p][h][t]);
           }
         }
       }
@@ -162,12 +178,12 @@ void gemm_tokens(const GemmQuantizedArgs& a, int64_t panel, int64_t token, int64
   }
 }
 
-/// One token: the panels are cut into kStreams runs that are walked side by side.
-template <class Format>
+/// One token: the panels are cut into kPanels runs that are walked side by side.
+template <class Format, int kPanels = kStreams>
 void gemv(const GemmQuantizedArgs& a, int64_t begin, int64_t end) {
-  const int64_t run = (end - begin) / kStreams;
-  for (int64_t i = 0; i < run; ++i) gemm_block<Format, kStreams, 1>(a, begin + i, run, 0);
-  for (int64_t p = begin + run * kStreams; p < end; ++p) gemm_block<Format, 1, 1>(a, p, 1, 0);
+  const int64_t run = (end - begin) / kPanels;
+  for (int64_t i = 0; i < run; ++i) gemm_block<Format, kPanels, 1>(a, begin + i, run, 0);
+  if constexpr (kPanels > 1) gemv<Format, kPanels - 1>(a, begin + run * kPanels, end);
 }
 
 /// Panels [begin, end).
