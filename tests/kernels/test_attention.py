@@ -150,9 +150,9 @@ def test_other_page_and_head_sizes(isa, rng, head_dim, page_tokens, dtype):
     check(ops.attention(q, cache.pages, spans), q, k, v, dtype)
 
 
-def run_in_chunks(qkv, shape, dtype, chunk, window):
+def run_in_chunks(qkv, shape, dtype, chunk, window=0, page_tokens=64):
     q, k, v = qkv
-    cache = Cache(shape[1], shape[2], dtype, pages=20)
+    cache = Cache(shape[1], shape[2], dtype, 20, page_tokens)
     outs = []
     for begin in range(0, len(q), chunk):
         rows = slice(begin, begin + chunk)
@@ -171,6 +171,19 @@ def test_chunks_do_not_change_a_bit(isa, rng, window, shape, dtype):
     for chunk in (1, 17, 129):
         with threads(1 if chunk == 17 else 2):
             assert torch.equal(run_in_chunks(qkv, shape, dtype, chunk, window), whole)
+
+
+@pytest.mark.parametrize("exponent, page_tokens", [(-130, 64), (-126, 32), (-70, 96), (60, 64)])
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_single_rows_round_tiny_and_huge_numbers_as_prefill_does(
+    isa, rng, dtype, exponent, page_tokens
+):
+    """A single row of one head has products of its own, with the treatment of denormals of tiles."""
+    q, k, v = random_qkv(rng, 200, (2, 2, 48))
+    qkv = q * 2.0 ** -(exponent // 2), k * 2.0 ** (exponent // 2), v * 2.0**exponent
+    whole = run_in_chunks(qkv, (2, 2, 48), dtype, 200, page_tokens=page_tokens)
+    assert whole.isfinite().all()
+    assert torch.equal(run_in_chunks(qkv, (2, 2, 48), dtype, 1, page_tokens=page_tokens), whole)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

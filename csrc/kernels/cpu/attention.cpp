@@ -13,8 +13,9 @@
 // that its rows see.
 //
 //   accumulation: float32 throughout; level amx with bf16 pages rounds q and p to bf16 and
-//   multiplies with tiles (2 x 1 accumulators), p from fixed point; everything else multiplies with
-//   fma on widened pages; int8 pages become bf16 block by block, in L1
+//   multiplies with tiles (2 x 1 accumulators), p from fixed point, a single row as tiles would do
+//   it; everything else multiplies with fma on widened pages; int8 pages become bf16 block by
+//   block, in L1, or for a single row in registers
 //   bytes per item and key: 2 * head_dim * sizeof(T), read from the cache once for all rows
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/vec.h"
@@ -450,6 +451,163 @@ struct VecPath {
 };
 
 #if QN_ISA_LEVEL >= 3
+/// The products of a single row, by fma, with the bits that tiles give. A tile with one row does a
+/// sixteenth of its work and waits for memory all the same, since the processor does not read
+/// ahead of its strided loads; here every line is read once, in order, and asked for in time.
+///
+/// tdpbf16ps sums the products of even and of odd columns apart, rounds each sum once per product,
+/// and takes denormals as zeros, also in its results.
+struct OneRow {
+  static constexpr int kDepth = 32;  // columns of a tile, in pairs
+
+  /// Denormals are zeros while this lives. What computes has to be a call, so that the compiler
+  /// leaves it in between.
+  class NoDenormals {
+   public:
+    NoDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+    ~NoDenormals() { _mm_setcsr(before_); }
+    NoDenormals(const NoDenormals&) = delete;
+    NoDenormals& operator=(const NoDenormals&) = delete;
+
+   private:
+    unsigned before_;
+  };
+
+  template <int N>
+  struct Count {
+    static constexpr int value = N;
+  };
+
+  /// Calls fn(first tile, how many of them) for steps of kMost tiles, then of fewer.
+  template <int kMost, class Fn>
+  static QN_INLINE void for_tiles(int begin, int end, const Fn& fn) {
+    for (; begin + kMost <= end; begin += kMost) fn(begin, Count<kMost>{});
+    if constexpr (kMost > 1) for_tiles<kMost / 2>(begin, end, fn);
+  }
+
+  /// c [16 T] (+)= a [32] * T tiles side by side; load(t, i) gives the i-th row of pairs of one.
+  template <int T, class Load>
+  static QN_INLINE void multiply(const float* a, const Load& load, float* c, bool accumulate) {
+    __m512 even[T], odd[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) even[t] = odd[t] = _mm512_setzero_ps();
+    for (int i = 0; i < kDepth / 2; ++i) {
+      const __m512 a_even = _mm512_set1_ps(a[2 * i]), a_odd = _mm512_set1_ps(a[2 * i + 1]);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        const __m512i pairs = load(t, i);
+        const __m512i high = _mm512_and_si512(pairs, _mm512_set1_epi32(-65536));
+        even[t] =
+            _mm512_fmadd_ps(a_even, _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)), even[t]);
+        odd[t] = _mm512_fmadd_ps(a_odd, _mm512_castsi512_ps(high), odd[t]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      float* const out = c + t * Vec::kLanes;
+      const Vec before = accumulate ? Vec::load(out) : Vec::zero();
+      (before + (Vec(even[t]) + Vec(odd[t]))).store(out);
+    }
+  }
+
+  /// 16 pairs of codes as pairs of bf16, each lane with a scale of its own.
+  static QN_INLINE __m512i widen(const char* codes, Vec low_scale, Vec high_scale) {
+    const int8_t* const p = reinterpret_cast<const int8_t*>(codes);
+    const Vec low = Vec::load(p) * low_scale, high = Vec::load(p + Vec::kLanes) * high_scale;
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v));
+  }
+
+  static QN_INLINE __m512i read(const char* line, const char* next) {
+    __builtin_prefetch(next, 0, 3);
+    return _mm512_loadu_si512(line);
+  }
+
+  /// scores = q k^T of one block of bf16 pages; query [depths][32]. `next` follows the block.
+  static __attribute__((noinline)) void multiply_keys(const float* query, int64_t depths,
+                                                      int64_t page_tokens, const Block& block,
+                                                      const Block& next, float* scores) {
+    const int64_t stride = page_tokens * 4;
+    const int64_t most = page_tokens / kGroup;
+    for (int g = 0, count; g < block.groups; g += count) {
+      // Groups of one page lie side by side.
+      for (count = 1; count < most && g + count < block.groups; ++count) {
+        if (block.keys[g + count] != block.keys[g] + count * kGroup * 4) break;
+      }
+      const char* const after = g + count < block.groups ? block.keys[g + count]
+                                : next.groups > 0        ? next.keys[0]
+                                                         : block.keys[g];
+      for_tiles<4>(0, 2 * count, [&](int tile, auto tiles) {
+        for (int64_t d = 0; d < depths; ++d) {
+          const int64_t at = d * (kDepth / 2) * stride + tile * 64;
+          const auto load = [&](int t, int i) {
+            const int64_t line = at + i * stride + t * 64;
+            return read(block.keys[g] + line, after + line);
+          };
+          multiply<tiles.value>(query + d * kDepth, load, scores + g * kGroup + tile * Vec::kLanes,
+                                d > 0);
+        }
+      });
+    }
+  }
+
+  /// The same of int8 pages, whose groups [depths * 16][32 keys][2] follow each other.
+  static __attribute__((noinline)) void multiply_int8_keys(const float* query, int64_t depths,
+                                                           const Block& block, const Block& next,
+                                                           float* scores) {
+    for (int g = 0; g < block.groups; ++g) {
+      const char* const after = g + 1 < block.groups ? block.keys[g + 1]
+                                : next.groups > 0    ? next.keys[0]
+                                                     : block.keys[g];
+      float pairs[2 * kGroup];
+      for (int key = 0; key < kGroup; ++key) {
+        pairs[2 * key] = pairs[2 * key + 1] = block.key_scales[g][key];
+      }
+      Vec scale[4];
+      for (int i = 0; i < 4; ++i) scale[i] = Vec::load(pairs + i * Vec::kLanes);
+      for (int64_t d = 0; d < depths; ++d) {
+        const auto load = [&](int t, int i) {
+          const int64_t line = (d * (kDepth / 2) + i) * 64;
+          if (t == 0) __builtin_prefetch(after + line, 0, 3);
+          return widen(block.keys[g] + line + t * 32, scale[2 * t], scale[2 * t + 1]);
+        };
+        multiply<2>(query + d * kDepth, load, scores + g * kGroup, d > 0);
+      }
+    }
+  }
+
+  /// out [head_dim] (+)= p v of one block; probs [group][prob_stride].
+  template <DType kDType>
+  static __attribute__((noinline)) void multiply_values(const bf16* probs, int64_t prob_stride,
+                                                        int64_t head_dim, const Block& block,
+                                                        const Block& next, float* out) {
+    constexpr int kTileBytes = kDType == DType::I8 ? 32 : 64;
+    const int64_t stride = head_dim * kTileBytes / Vec::kLanes;
+    for (int g = 0; g < block.groups; ++g, probs += prob_stride) {
+      const char* const values = block.values[g];
+      const char* const after = g + 1 < block.groups ? block.values[g + 1]
+                                : next.groups > 0    ? next.values[0]
+                                                     : values;
+      float p[kDepth];
+      for (int i = 0; i < kDepth; ++i) p[i] = math::QN_ISA::bf16_to_float(probs[i]);
+      for_tiles<8>(0, static_cast<int>(head_dim / Vec::kLanes), [&](int tile, auto tiles) {
+        const auto load = [&](int t, int i) {
+          const int64_t at = i * stride + (tile + t) * kTileBytes;
+          if constexpr (kDType == DType::I8) {
+            if (t % 2 == 0) __builtin_prefetch(after + at, 0, 3);
+            double two_scales;
+            memcpy(&two_scales, block.value_scales[g] + 2 * i, sizeof two_scales);
+            const Vec scale(_mm512_castpd_ps(_mm512_set1_pd(two_scales)));
+            return widen(values + at, scale, scale);
+          } else {
+            return read(values + at, after + at);
+          }
+        };
+        multiply<tiles.value>(p, load, out + tile * Vec::kLanes, g > 0 || !block.starts_part);
+      });
+    }
+  }
+};
+
 /// The path with tiles, for bf16 pages. Tiles 0 and 1 accumulate, 4 holds 16 rows of queries or
 /// probabilities, 6 comes from the cache: four tile registers, since more would be slow beside a
 /// busy hyperthread (amx_tile.h).
@@ -527,6 +685,7 @@ struct TilePath {
 
   static void run(const AttentionArgs& a, const AttentionItem& item, Scratch& s,
                   const PartResults& results) {
+    if (item.rows == 1) return run_one_row(a, item, s, results);
     item.rows > 16 ? run<2>(a, item, s, results) : run<1>(a, item, s, results);
   }
 
@@ -695,6 +854,51 @@ struct TilePath {
         if (kDepths <= 2 || g % 2 == 1) rows.next();
       }
       store_tiles<M>(out + dim, stride);
+    }
+  }
+
+  /// The same arithmetic on one block after the other.
+  static __attribute__((noinline)) void run_one_row(const AttentionArgs& a,
+                                                    const AttentionItem& item, Scratch& s,
+                                                    const PartResults& results) {
+    const int64_t head_dim = a.kv.head_dim, depths = (head_dim + kDepth - 1) / kDepth;
+    const bool int8 = a.kv.dtype == DType::I8;
+    const bf16* const packed = reinterpret_cast<const bf16*>(s.query);
+    float query[kAttentionMaxHeadDim];
+    for (int64_t i = 0; i < depths * kDepth; ++i) query[i] = math::QN_ISA::bf16_to_float(packed[i]);
+    const BlockRange range = blocks_of(item, s);
+    Softmax& softmax = s.softmax[0];
+    Block block{}, next{};
+    if (range.begin < range.end) next = locate(a, item, s, range, range.begin);
+    for (int64_t index = range.begin; index < range.end; ++index) {
+      block = next;
+      next.groups = 0;
+      if (index + 1 < range.end) next = locate(a, item, s, range, index + 1);
+      float* const scores = s.scores[0];
+      {
+        const OneRow::NoDenormals as_tiles;
+        if (int8) {
+          OneRow::multiply_int8_keys(query, depths, block, next, scores);
+        } else {
+          OneRow::multiply_keys(query, depths, a.kv.page_tokens, block, next, scores);
+        }
+      }
+      if (block.starts_part) start_part(softmax, 1);
+      start_block(softmax, 1);
+      if (block.groups == kGroups) {
+        Rows<true>{block, softmax, s, scores, s.probs[0], 1}.next();
+      } else {
+        Rows<false>{block, softmax, s, scores, s.probs[0], 1}.next();
+      }
+      float* const out = results.out(block);
+      if (!block.starts_part) rescale_rows(softmax, 1, head_dim, out);
+      {
+        const OneRow::NoDenormals as_tiles;
+        const auto multiply =
+            int8 ? OneRow::multiply_values<DType::I8> : OneRow::multiply_values<DType::BF16>;
+        multiply(s.probs[0], kProbStride, head_dim, block, next, out);
+      }
+      if (block.ends_part) results.finish(block, softmax);
     }
   }
 

@@ -15,7 +15,7 @@
 // sums of uncentred codes and of mins are large and nearly cancel.) Tokens go through registers
 // kTokens at a time while a panel stays in L1 or L2. A single token walks kStreams panels at once,
 // a cache line of each in turn: one sequential stream per core does not fill the queue of
-// outstanding cache misses. Weights are prefetched 4.5 KB ahead, also over the end of a panel into
+// outstanding cache misses. Weights are prefetched 4 KB ahead, also over the end of a panel into
 // the next one.
 #pragma once
 #include "kernels/cpu/vec_dot.h"
@@ -47,7 +47,7 @@ constexpr int kHalves = 2;
 constexpr int kStreams = QN_ISA_LEVEL >= 1 ? 4 : 1;
 constexpr bool kManyRegisters = QN_ISA_LEVEL >= 2;
 constexpr int kTokensPerBlock = QN_ISA_LEVEL == 1 ? 4 : 8;
-constexpr int64_t kPrefetchBytes = 4608;
+constexpr int64_t kPrefetchBytes = 4032;
 constexpr int64_t kActivationBytesPerPass = 1 << 20;  // what stays in L2 beside a panel
 
 /// Of the weights of a group of sixteen rows whose code is 8; scale and min as stored.
