@@ -522,6 +522,14 @@ struct OneRow {
     return _mm512_loadu_si512(line);
   }
 
+  /// Where the keys or values `count` groups after g are: in the block or at the start of the next
+  /// one, or g's own where nothing follows.
+  static const char* following(const char* (Block::*of)[kGroups], const Block& block,
+                               const Block& next, int g, int count) {
+    if (g + count < block.groups) return (block.*of)[g + count];
+    return next.groups > 0 ? (next.*of)[0] : (block.*of)[g];
+  }
+
   /// scores = q k^T of one block of bf16 pages; query [depths][32]. `next` follows the block.
   static __attribute__((noinline)) void multiply_keys(const float* query, int64_t depths,
                                                       int64_t page_tokens, const Block& block,
@@ -533,9 +541,7 @@ struct OneRow {
       for (count = 1; count < most && g + count < block.groups; ++count) {
         if (block.keys[g + count] != block.keys[g] + count * kGroup * 4) break;
       }
-      const char* const after = g + count < block.groups ? block.keys[g + count]
-                                : next.groups > 0        ? next.keys[0]
-                                                         : block.keys[g];
+      const char* const after = following(&Block::keys, block, next, g, count);
       for_tiles<4>(0, 2 * count, [&](int tile, auto tiles) {
         for (int64_t d = 0; d < depths; ++d) {
           const int64_t at = d * (kDepth / 2) * stride + tile * 64;
@@ -555,9 +561,7 @@ struct OneRow {
                                                            const Block& block, const Block& next,
                                                            float* scores) {
     for (int g = 0; g < block.groups; ++g) {
-      const char* const after = g + 1 < block.groups ? block.keys[g + 1]
-                                : next.groups > 0    ? next.keys[0]
-                                                     : block.keys[g];
+      const char* const after = following(&Block::keys, block, next, g, 1);
       float pairs[2 * kGroup];
       for (int key = 0; key < kGroup; ++key) {
         pairs[2 * key] = pairs[2 * key + 1] = block.key_scales[g][key];
@@ -584,9 +588,7 @@ struct OneRow {
     const int64_t stride = head_dim * kTileBytes / Vec::kLanes;
     for (int g = 0; g < block.groups; ++g, probs += prob_stride) {
       const char* const values = block.values[g];
-      const char* const after = g + 1 < block.groups ? block.values[g + 1]
-                                : next.groups > 0    ? next.values[0]
-                                                     : values;
+      const char* const after = following(&Block::values, block, next, g, 1);
       float p[kDepth];
       for (int i = 0; i < kDepth; ++i) p[i] = math::QN_ISA::bf16_to_float(probs[i]);
       for_tiles<8>(0, static_cast<int>(head_dim / Vec::kLanes), [&](int tile, auto tiles) {
