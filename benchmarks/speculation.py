@@ -18,6 +18,7 @@ import os
 import statistics
 import sys
 import time
+from typing import Any
 
 from harness import RESULTS, machine
 
@@ -28,7 +29,7 @@ EDIT = (
     f"the whole function:\n\n```python\n{inspect.getsource(heapq.merge)}```"
 )
 STORY = "Write a long story about a lighthouse keeper who has never seen the sea."
-CASES = {
+CASES: dict[str, tuple[str, dict[str, Any], float]] = {
     "edit of a function, greedy": (EDIT, {"temperature": 0.0}, 1.5),
     "story, temperature 1": (
         STORY,
