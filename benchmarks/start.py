@@ -19,9 +19,13 @@ import time
 from harness import RESULTS, machine
 
 CHILD = """
-import json, resource, sys, time
+import json, sys, time
+from pathlib import Path
 from qwen_native import LLM
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # of this program alone; getrusage would start with that of its parent
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+before = peak()
 begin = time.perf_counter()
 llm = LLM(sys.argv[1] or None, weights=sys.argv[2], threads=int(sys.argv[3]))
 loaded = time.perf_counter()
@@ -29,9 +33,8 @@ stream = llm.stream("def fibonacci(n):", max_new_tokens=32, temperature=0.0, ign
 next(stream)
 first = time.perf_counter()
 for _ in stream: pass
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"load": loaded - begin, "first_token": first - begin, "peak": peak * 1024,
-                  "before": before * 1024, "weights": llm.model.weight_bytes}))
+print(json.dumps({"load": loaded - begin, "first_token": first - begin, "peak": peak(),
+                  "before": before, "weights": llm.model.weight_bytes}))
 """
 
 

@@ -197,9 +197,9 @@ int64_t balanced_chunk(int64_t units, int threads) {
   return best;
 }
 
-/// The same for a single token, which reads panels as fast as memory gives them: the last chunks of
-/// a long matrix may be as short as the panels that are walked side by side.
-int64_t gemv_chunk(int64_t units, int threads) {
+/// The same for few tokens, which read panels as fast as memory gives them: the last chunks of a
+/// long matrix may be as short as the panels that are walked side by side.
+int64_t streamed_chunk(int64_t units, int threads) {
   constexpr int64_t kSideBySide = 4, kLong = 32;
   return units < kLong * threads ? balanced_chunk(units, threads) : kSideBySide;
 }
@@ -238,7 +238,7 @@ void linear(const TensorView& out, const TensorView& x, std::span<const LinearSe
   char* scratch = context.workspace.allocate_array<char>(scratch_bytes * threads);
 
   const int64_t grain =
-      x.shape[0] == 1 ? gemv_chunk(units, threads) : balanced_chunk(units, threads);
+      x.shape[0] < kFoldedTokens ? streamed_chunk(units, threads) : balanced_chunk(units, threads);
   context.pool.parallel_for(units, grain, [&](int64_t begin, int64_t end, int thread) {
     for (const Job& job : jobs) {
       const int64_t first = std::max(begin, job.first_unit), last = std::min(end, job.end_unit);
@@ -261,7 +261,7 @@ double token_cost() {
     case Isa::Avx2:
       return 0.4;
     default:
-      return 0.15;
+      return 0.2;
   }
 }
 

@@ -19,6 +19,7 @@ namespace {
 constexpr int kHalves = 2;
 constexpr int kStreams = QN_ISA_LEVEL >= 1 ? 4 : 1;
 constexpr int kTokens = QN_ISA_LEVEL == 1 ? 2 : 4;
+constexpr int64_t kFewTokens = 8;  // fewer wait for memory more than they compute
 constexpr int64_t kPrefetchBytes = 1536;
 constexpr int64_t kActivationBytesPerPass = 1 << 20;  // what stays in L2 beside a panel
 constexpr int64_t kDwords = kInt8GroupSize / 4;
@@ -103,27 +104,29 @@ QN_INLINE void gemm_block(const GemmFoldedArgs& a, int64_t first, int64_t step, 
   }
 }
 
-/// Tokens [token, end) of one tile.
-template <int kCount>
-void gemm_tokens(const GemmFoldedArgs& a, int64_t panel, int64_t token, int64_t end) {
-  for (; token + kCount <= end; token += kCount) gemm_block<1, kCount>(a, panel, 1, token);
+/// Tokens [token, end) of one tile with the panels first, first + step, ...
+template <int kPanels, int kCount>
+void gemm_tokens(const GemmFoldedArgs& a, int64_t first, int64_t step, int64_t token, int64_t end) {
+  for (; token + kCount <= end; token += kCount) gemm_block<kPanels, kCount>(a, first, step, token);
   if constexpr (kCount > 1) {
-    if (token < end) gemm_tokens<kCount / 2>(a, panel, token, end);
+    if (token < end) gemm_tokens<kPanels, kCount / 2>(a, first, step, token, end);
   }
 }
 
-/// One token: the panels are cut into kPanels runs that are walked side by side.
+/// Few tokens: the panels are cut into kPanels runs that are walked side by side.
 template <int kPanels = kStreams>
-void gemv(const GemmFoldedArgs& a, int64_t begin, int64_t end) {
+void gemm_streams(const GemmFoldedArgs& a, int64_t begin, int64_t end) {
   const int64_t run = (end - begin) / kPanels;
-  for (int64_t i = 0; i < run; ++i) gemm_block<kPanels, 1>(a, begin + i, run, 0);
-  if constexpr (kPanels > 1) gemv<kPanels - 1>(a, begin + run * kPanels, end);
+  for (int64_t i = 0; i < run; ++i) {
+    gemm_tokens<kPanels, 2>(a, begin + i, run, 0, a.x.tokens);
+  }
+  if constexpr (kPanels > 1) gemm_streams<kPanels - 1>(a, begin + run * kPanels, end);
 }
 
 }  // namespace
 
 void gemm_int8(const GemmFoldedArgs& a, int64_t begin, int64_t end) {
-  if (a.x.tokens == 1) return gemv<>(a, begin, end);
+  if (a.x.tokens < kFewTokens) return gemm_streams<>(a, begin, end);
   const int64_t fitting = kActivationBytesPerPass / (folded_cols(a.cols) * kTokenTile + 1);
   const int64_t pass = (fitting > 1 ? fitting : 1) * kTokenTile;
   for (int64_t pass_begin = 0; pass_begin < a.x.tokens; pass_begin += pass) {
@@ -132,7 +135,8 @@ void gemm_int8(const GemmFoldedArgs& a, int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       for (int64_t token = pass_begin; token < pass_end; token += kTokenTile) {
         const int64_t rest = pass_end - token;
-        gemm_tokens<kTokens>(a, panel, token, token + (rest < kTokenTile ? rest : kTokenTile));
+        gemm_tokens<1, kTokens>(a, panel, 1, token,
+                                token + (rest < kTokenTile ? rest : kTokenTile));
       }
     }
   }

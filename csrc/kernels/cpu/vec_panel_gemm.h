@@ -13,9 +13,9 @@
 // The sums are exact and every element sees the same float operations in the same order whatever
 // the number of tokens, so its bits do not depend on the batch. (Int4 is centred like that because
 // sums of uncentred codes and of mins are large and nearly cancel.) Tokens go through registers
-// kTokens at a time while a panel stays in L1 or L2. A single token walks kStreams panels at once,
-// a cache line of each in turn: one sequential stream per core does not fill the queue of
-// outstanding cache misses. Weights are prefetched 4 KB ahead, also over the end of a panel into
+// kTokens at a time while a panel stays in L1 or L2. Few tokens walk kStreams panels at once, a
+// single one a cache line of each in turn: one sequential stream per core does not fill the queue
+// of outstanding cache misses. Weights are prefetched 4 KB ahead, also over the end of a panel into
 // the next one.
 #pragma once
 #include "kernels/cpu/vec_dot.h"
@@ -47,6 +47,7 @@ constexpr int kHalves = 2;
 constexpr int kStreams = QN_ISA_LEVEL >= 1 ? 4 : 1;
 constexpr bool kManyRegisters = QN_ISA_LEVEL >= 2;
 constexpr int kTokensPerBlock = QN_ISA_LEVEL == 1 ? 4 : 8;
+constexpr int64_t kFewTokens = 8;  // fewer wait for memory more than they compute
 constexpr int64_t kPrefetchBytes = 4032;
 constexpr int64_t kActivationBytesPerPass = 1 << 20;  // what stays in L2 beside a panel
 
@@ -168,6 +169,7 @@ QN_INLINE void gemm_block(const GemmQuantizedArgs& a, int64_t first, int64_t ste
   }
 }
 
+/// Tokens [token, end) of one panel.
 template <class Format, int kTokens>
 void gemm_tokens(const GemmQuantizedArgs& a, int64_t panel, int64_t token, int64_t end) {
   for (; token + kTokens <= end; token += kTokens) {
@@ -178,18 +180,28 @@ void gemm_tokens(const GemmQuantizedArgs& a, int64_t panel, int64_t token, int64
   }
 }
 
-/// One token: the panels are cut into kPanels runs that are walked side by side.
+/// Few tokens, in passes of up to four and nearly the same size: the panels are cut into kPanels
+/// runs that are walked side by side.
 template <class Format, int kPanels = kStreams>
-void gemv(const GemmQuantizedArgs& a, int64_t begin, int64_t end) {
+void gemm_streams(const GemmQuantizedArgs& a, int64_t begin, int64_t end) {
   const int64_t run = (end - begin) / kPanels;
-  for (int64_t i = 0; i < run; ++i) gemm_block<Format, kPanels, 1>(a, begin + i, run, 0);
-  if constexpr (kPanels > 1) gemv<Format, kPanels - 1>(a, begin + run * kPanels, end);
+  for (int64_t panel = begin; panel < begin + run; ++panel) {
+    int64_t passes = (a.x.tokens + 3) / 4;
+    for (int64_t token = 0, count; token < a.x.tokens; token += count, --passes) {
+      count = (a.x.tokens - token + passes - 1) / passes;
+      if (count == 1) gemm_block<Format, kPanels, 1>(a, panel, run, token);
+      if (count == 2) gemm_block<Format, kPanels, 2>(a, panel, run, token);
+      if (count == 3) gemm_block<Format, kPanels, 3>(a, panel, run, token);
+      if (count == 4) gemm_block<Format, kPanels, 4>(a, panel, run, token);
+    }
+  }
+  if constexpr (kPanels > 1) gemm_streams<Format, kPanels - 1>(a, begin + run * kPanels, end);
 }
 
 /// Panels [begin, end).
 template <class Format>
 void gemm_panels(const GemmQuantizedArgs& a, int64_t begin, int64_t end) {
-  if (a.x.tokens == 1) return gemv<Format>(a, begin, end);
+  if (a.x.tokens < kFewTokens) return gemm_streams<Format>(a, begin, end);
   const int64_t row_bytes = group_count(a.cols) * kGroupSize;
   const int64_t fitting = kActivationBytesPerPass / (row_bytes * kTokenTile + 1);
   const int64_t pass = (fitting > 1 ? fitting : 1) * kTokenTile;
