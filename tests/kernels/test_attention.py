@@ -178,7 +178,7 @@ def test_chunks_do_not_change_a_bit(isa, rng, window, shape, dtype):
 def test_single_rows_round_tiny_and_huge_numbers_as_prefill_does(
     isa, rng, dtype, exponent, page_tokens
 ):
-    """A single row of one head has products of its own, with the treatment of denormals of tiles."""
+    """A single row of a head has products of its own, which treat denormals as tiles do."""
     q, k, v = random_qkv(rng, 200, (2, 2, 48))
     qkv = q * 2.0 ** -(exponent // 2), k * 2.0 ** (exponent // 2), v * 2.0**exponent
     whole = run_in_chunks(qkv, (2, 2, 48), dtype, 200, page_tokens=page_tokens)
