@@ -1,4 +1,5 @@
-// Thread pool: one parallel region at a time, chunks of falling size handed out dynamically, no OpenMP.
+// Thread pool: one parallel region at a time, chunks of falling size handed out dynamically, no
+// OpenMP.
 #pragma once
 #include <cstdint>
 #include <memory>
