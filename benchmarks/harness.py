@@ -95,6 +95,14 @@ def machine() -> dict[str, Any]:
     }
 
 
+def store(name: str, record: dict[str, Any]) -> None:
+    """Write a record, and what machine it is from, to results/NAME-DATE-TIME.json."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}.json"
+    path.write_text(json.dumps({"machine": machine(), **record}, indent=1) + "\n")
+    print(f"written to {path}")
+
+
 def _sample(calls: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
     """Seconds of each call; consecutive calls use different buffers."""
     for call in calls[:3]:

@@ -27,10 +27,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import statistics
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +36,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from engines import LLAMA_TYPES, Engine, LlamaCpp, Native, OnItsThread, OpenVino
-from harness import RESULTS, machine
+from harness import store
 from random_model import SHAPES, random_model
 
 from qwen_native import _C, LLM
@@ -268,7 +266,6 @@ def main(argv: list[str] | None = None) -> None:
         plot(rows, names, options.plot)
     if options.json:
         record = {
-            "machine": machine(),
             "isa": _C.active_isa(),
             "threads": options.threads,
             "model": path.name,
@@ -281,10 +278,7 @@ def main(argv: list[str] | None = None) -> None:
             "quality": judged,
         }
         model = options.random or ("demo" if options.model is None else path.stem)
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        target = RESULTS / f"peers-{model}-{options.weights}-{stamp}.json"
-        target.write_text(json.dumps(record, indent=1))
-        print(target)
+        store(f"peers-{model}-{options.weights}", record)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import statistics
@@ -30,7 +29,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from harness import RESULTS, machine
+from harness import store
 
 from qwen_native import _C, LLM
 
@@ -175,10 +174,8 @@ def main() -> int:
         print(f"{name:34}{speed:9.1f}{cpus:11.2f}{shares[name]:20.2f}x")
     print(f"{'idle':34}{'':9}{idle:11.3f}")
     if options.json:
-        record = {"machine": machine(), "options": vars(options), "runs": runs, "idle": idle}
-        path = RESULTS / f"quota-{options.weights}-{time.strftime('%Y%m%d-%H%M%S')}.json"
-        path.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"written to {path}")
+        record = {"options": vars(options), "runs": runs, "idle": idle}
+        store(f"quota-{options.weights}", record)
     judged = [share for name, share in shares.items() if "quota" in name or "busy" in name]
     return 0 if min(judged) >= GOAL and idle < 0.05 else 1
 

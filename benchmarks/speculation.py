@@ -13,14 +13,12 @@ from __future__ import annotations
 import argparse
 import heapq
 import inspect
-import json
 import os
 import statistics
 import sys
-import time
 from typing import Any
 
-from harness import RESULTS, machine
+from harness import store
 
 from qwen_native import LLM
 
@@ -81,10 +79,7 @@ def main() -> int:
         failed = failed or ratio < goal
         record[name] = {"tokens_per_second": speed, "ratio": ratio, "goal": goal}
     if options.json:
-        path = RESULTS / f"speculation-{options.weights}-{time.strftime('%Y%m%d-%H%M%S')}.json"
-        whole = {"machine": machine(), "options": vars(options), "cases": record}
-        path.write_text(json.dumps(whole, indent=1) + "\n")
-        print(f"written to {path}")
+        store(f"speculation-{options.weights}", {"options": vars(options), "cases": record})
     return int(failed)
 
 

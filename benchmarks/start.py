@@ -14,9 +14,8 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 
-from harness import RESULTS, machine
+from harness import store
 
 CHILD = """
 import json, sys, time
@@ -63,10 +62,7 @@ def main() -> None:
     print(f"{median['before'] * mb:.1f} of them Python and the imports,", end=" ")
     print(f"{median['peak'] / median['weights']:.2f}x the weights")
     if options.json:
-        path = RESULTS / f"start-{options.weights}-{time.strftime('%Y%m%d-%H%M%S')}.json"
-        record = {"machine": machine(), "options": vars(options), "runs": runs}
-        path.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"written to {path}")
+        store(f"start-{options.weights}", {"options": vars(options), "runs": runs})
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def test_strides_segments_and_guards(isa, rng, tokens, invariant):
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("rows,cols", [(170, 896), (33, 75)])
+@pytest.mark.parametrize("rows,cols", [(170, 896), (33, 75), (215, 75)])
 def test_bits_do_not_depend_on_batch_or_threads(isa, rng, rows, cols, fmt):
     x, weight, bias = make(rng, fmt, 70, rows, cols)
     threads = _C.op_threads()

@@ -16,12 +16,8 @@
 namespace qn::cpu::QN_ISA {
 namespace {
 
-constexpr int kHalves = 2;
-constexpr int kStreams = QN_ISA_LEVEL >= 1 ? 4 : 1;
 constexpr int kTokens = QN_ISA_LEVEL == 1 ? 2 : 4;
-constexpr int64_t kFewTokens = 8;  // fewer wait for memory more than they compute
 constexpr int64_t kPrefetchBytes = 1536;
-constexpr int64_t kActivationBytesPerPass = 1 << 20;  // what stays in L2 beside a panel
 constexpr int64_t kDwords = kInt8GroupSize / 4;
 
 /// The results of kCount consecutive tokens of one tile with the panels first, first + step, ...
@@ -113,7 +109,8 @@ void gemm_tokens(const GemmFoldedArgs& a, int64_t first, int64_t step, int64_t t
   }
 }
 
-/// Few tokens: the panels are cut into kPanels runs that are walked side by side.
+/// Few tokens, two at a time, as the sums of more would not fit the registers: the panels are cut
+/// into kPanels runs that are walked side by side.
 template <int kPanels = kStreams>
 void gemm_streams(const GemmFoldedArgs& a, int64_t begin, int64_t end) {
   const int64_t run = (end - begin) / kPanels;

@@ -21,6 +21,12 @@
 
 namespace qn::cpu::QN_ISA {
 
+/// How gemm_int8.cpp and vec_panel_gemm.h walk panels of 2 x 16 rows.
+constexpr int kHalves = 2;
+constexpr int kStreams = QN_ISA_LEVEL >= 1 ? 4 : 1;
+constexpr int64_t kFewTokens = 8;  // fewer wait for memory more than they compute
+constexpr int64_t kActivationBytesPerPass = 1 << 20;  // what stays in L2 beside a panel
+
 /// Where a token's groups are in QuantizedActivations: elements first, first + stride, ...
 struct ActivationSlot {
   int64_t first, stride;

@@ -43,13 +43,9 @@ struct Int4Panel {
   static constexpr bool kHasMin = true;
 };
 
-constexpr int kHalves = 2;
-constexpr int kStreams = QN_ISA_LEVEL >= 1 ? 4 : 1;
 constexpr bool kManyRegisters = QN_ISA_LEVEL >= 2;
 constexpr int kTokensPerBlock = QN_ISA_LEVEL == 1 ? 4 : 8;
-constexpr int64_t kFewTokens = 8;  // fewer wait for memory more than they compute
 constexpr int64_t kPrefetchBytes = 4032;
-constexpr int64_t kActivationBytesPerPass = 1 << 20;  // what stays in L2 beside a panel
 
 /// Of the weights of a group of sixteen rows whose code is 8; scale and min as stored.
 QN_INLINE Vec int4_offset(Vec scale, Vec min, const PanelHeader* header, int half) {
