@@ -15,6 +15,7 @@ Then, for the demo model and for a random Qwen-1.8B:
     python benchmarks/peers.py --prompt 512,2048 --depth 0,4096 --batch 1,16 \\
         --optimum ov/bin/optimum-cli
     python benchmarks/peers.py --random 1.8b --weights int8 --prompt 512 --gen 16
+    python benchmarks/peers.py --random 1.8b --kv-dtype int8 --depth 4096 --gen 16 --rounds 3
     python benchmarks/peers.py --quality --json --plot peers.png
 
 All engines are loaded once; every round measures each in turn, so that all see the same

@@ -62,6 +62,7 @@ Isa detect() {
   if (!avx512) return Isa::Avx2;
   constexpr uint64_t kTileState = (uint64_t{1} << 17) | (uint64_t{1} << 18);
   const bool amx = (xcr0 & kTileState) == kTileState && bit(leaf7_1.eax, 5) /* AVX512_BF16 */ &&
+                   bit(leaf7.edx, 23) /* AVX512_FP16 */ && bit(leaf7.ecx, 8) /* GFNI */ &&
                    bit(leaf7.edx, 22) /* AMX-BF16 */ && bit(leaf7.edx, 24) /* AMX-TILE */ &&
                    bit(leaf7.edx, 25) /* AMX-INT8 */ && request_amx_permission();
   return amx ? Isa::Amx : Isa::Avx512;

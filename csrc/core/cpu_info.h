@@ -6,7 +6,8 @@
 namespace qn {
 
 /// Ordered levels; each is a bundle and includes the ones before it. Avx2 = AVX2 + FMA + F16C;
-/// Avx512 = F + BW + VL + DQ + VNNI; Amx = Avx512 + AVX512_BF16 + AMX tiles (int8, bf16).
+/// Avx512 = F + BW + VL + DQ + VNNI; Amx = Avx512 + AVX512_BF16 + AVX512_FP16 + GFNI + AMX
+/// tiles (int8, bf16).
 enum class Isa : int { Scalar, Avx2, Avx512, Amx };
 constexpr int kIsaCount = 4;
 

@@ -169,16 +169,16 @@ struct GemmWorkspace {
 /// its values:
 ///
 ///   F32   keys [head_dim][page_tokens]         values [page_tokens][head_dim]
-///   BF16  keys [key_dims / 2][page_tokens][2]  values [page_tokens / 2][head_dim][2]
-///   I8    keys [page_tokens / 32][key_dims / 2][32][2]  values as BF16, then (at scale_offset) the
-///         float32 scales of the keys [page_tokens] and of the values [page_tokens]
+///   BF16  keys [page_tokens / 32][key_dims / 2][32][2]  values [page_tokens / 2][head_dim][2]
+///   I8    the same, then (at scale_offset) the float32 scales of the keys [page_tokens] and of the
+///         values [page_tokens]
 ///
 /// Keys thus lie in the lanes of q k^T and dims in the lanes of p v, and nothing needs a sum over
 /// lanes. The pairs of the bf16 layout (two dims of a key, two keys of a dim) make 16 rows of 16
 /// pairs a B operand of tdpbf16ps, and widen to float32 with a shift and a mask. key_dims is
-/// head_dim rounded up to 32, the depth of a tile; the keys' dims from head_dim on are zero. I8
-/// holds code = round(x / scale) with scale = max|x| / 127 over a token's key or value; 32 keys or
-/// values lie together and become bf16 pairs in the same order.
+/// head_dim rounded up to 32, the depth of a tile; the keys' dims from head_dim on are zero. 32
+/// keys or values lie together, so that they are read in the order of their addresses. I8 holds
+/// code = round(x / scale) with scale = max|x| / 127 over a token's key or value.
 struct KvGeometry {
   int64_t page_tokens;  // multiple of 32
   int64_t num_kv_heads;

@@ -261,7 +261,7 @@ double token_cost() {
     case Isa::Avx2:
       return 0.4;
     default:
-      return 0.2;
+      return 0.3;
   }
 }
 

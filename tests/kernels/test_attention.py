@@ -315,6 +315,21 @@ def test_key_scale_saves_the_other_channels(isa, rng, shape, tokens):
     assert tokens == 1 or errors[1] < errors[0] / 4
 
 
+@pytest.mark.parametrize("slot", [0, 1])
+@pytest.mark.parametrize("heads", [1, 7, 20])
+def test_int8_codes_are_multiplied_exactly(isa, heads, slot):
+    """Every code in both places of its pair, by one row, by one tile of rows and by two. The other
+    value is all zeros and has no scale, but its weight.
+    """
+    v = torch.zeros(2, 1, 256)
+    v[slot, 0, :255] = torch.arange(-127, 128)
+    q, k = torch.ones(1, heads, 256), torch.zeros(2, 1, 256)
+    cache = Cache(1, 256, "int8", pages=1)
+    cache.append([(0, k, v)])
+    out = ops.attention(q, cache.pages, [ops.SequenceSpan(0, 1, 2, cache.tables[0])])
+    torch.testing.assert_close(out[0], v[slot].expand(heads, 256) / 2, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("values", [0.0, 3.0, 1e-38, 1e30])
 def test_int8_of_constant_and_extreme_rows(isa, values):
     """All elements alike: the code is 127, or nothing where the scale would be too small."""

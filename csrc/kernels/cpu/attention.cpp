@@ -14,8 +14,8 @@
 //
 //   accumulation: float32 throughout; level amx with bf16 pages rounds q and p to bf16 and
 //   multiplies with tiles (2 x 1 accumulators), p from fixed point, a single row as tiles would do
-//   it; everything else multiplies with fma on widened pages; int8 pages become bf16 block by
-//   block, in L1, or for a single row in registers
+//   it; everything else multiplies with fma on widened pages; the codes of int8 pages become bf16
+//   or float32, which hold them exactly, and their scales multiply scores and probabilities
 //   bytes per item and key: 2 * head_dim * sizeof(T), read from the cache once for all rows
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/vec.h"
@@ -52,7 +52,7 @@ struct Softmax {
 /// Some arrays are a few lines longer than needed, so that they do not all start at the same offset
 /// in a page: loads wait for earlier stores to the same offset.
 struct alignas(64) Scratch {
-  bf16 keys[kBlock * kAttentionMaxHeadDim];  // of a block of int8 pages
+  bf16 keys[kBlock * kAttentionMaxHeadDim];  // of int8 pages, a block or on tiles two groups
   bf16 values[kBlock * kAttentionMaxHeadDim];
   float scores[2][kAttentionRows * kScoreStride + 5 * 16];
   bf16 probs[2][kAttentionRows * kBlock + 7 * 32];
@@ -63,6 +63,8 @@ struct alignas(64) Scratch {
   float total_max[kAttentionRows], total_sum[kAttentionRows];
   float scale[kAttentionRows][Vec::kLanes];  // where q is not scaled itself
   float part_sum[kAttentionRows];
+  alignas(64) float value_scales[kBlock];  // of a block of int8 pages
+  float inverse_scales[kBlock];
   int64_t keys_begin[kAttentionRows], keys_end[kAttentionRows];  // positions that a row sees
 };
 static_assert(sizeof(Scratch) <= kAttentionScratchBytes, "ops reserve too little");
@@ -93,6 +95,11 @@ BlockRange blocks_of(const AttentionItem& item, const Scratch& s) {
           least(item.part_end * kPerPart, (s.keys_end[item.rows - 1] + kBlock - 1) / kBlock)};
 }
 
+/// Dims of a key as it lies in pages, with those that fill up a tile.
+int64_t key_dims(const KvGeometry& kv) {
+  return kv.value_offset / (kv.page_tokens * static_cast<int64_t>(dtype_size(kv.dtype)));
+}
+
 Block locate(const AttentionArgs& a, const AttentionItem& item, const Scratch& s,
              const BlockRange& range, int64_t index) {
   constexpr int64_t kPerPart = kAttentionPart / kBlock;
@@ -107,7 +114,7 @@ Block locate(const AttentionArgs& a, const AttentionItem& item, const Scratch& s
   block.visible_to_all = block.first_key >= s.keys_begin[item.rows - 1] &&
                          block.first_key + block.groups * kGroup <= s.keys_end[0];
   const int64_t size = static_cast<int64_t>(dtype_size(a.kv.dtype));
-  const int64_t key_bytes = a.kv.dtype == DType::I8 ? a.kv.value_offset / a.kv.page_tokens : 4;
+  const int64_t key_bytes = a.kv.dtype == DType::F32 ? 4 : key_dims(a.kv) * size;
   for (int g = 0; g < block.groups; ++g) {
     const int64_t key = block.first_key + g * kGroup;
     const int64_t slot = key % a.kv.page_tokens;
@@ -123,53 +130,20 @@ Block locate(const AttentionArgs& a, const AttentionItem& item, const Scratch& s
   return block;
 }
 
-/// The keys of a block of int8 pages as bf16 pairs [key_dims / 2][32][2] a group.
-template <typename Path>
-void dequantize_keys(const AttentionArgs& a, Block& block, Scratch& s) {
-  constexpr int kVecsOfRow = 2 * kGroup / Vec::kLanes;
-  const int64_t dims = a.kv.value_offset / a.kv.page_tokens;
-  for (int g = 0; g < block.groups; ++g) {
-    const int8_t* codes = reinterpret_cast<const int8_t*>(block.keys[g]);
-    bf16* const wide = s.keys + g * kGroup * dims;
-    float pairs[2 * kGroup];
-    for (int key = 0; key < kGroup; ++key) {
-      pairs[2 * key] = pairs[2 * key + 1] = block.key_scales[g][key];
+/// A row's scores or probabilities times the scales of their keys or values.
+QN_INLINE void scale_by_key(const Block& block, const float* const (&scales)[kGroups],
+                            float* scores) {
+  for (int g = 0; g < block.groups; ++g, scores += kGroup) {
+    for (int key = 0; key < kGroup; key += Vec::kLanes) {
+      (Vec::load(scores + key) * Vec::load(scales[g] + key)).store(scores + key);
     }
-    Vec scale[kVecsOfRow];
-    for (int i = 0; i < kVecsOfRow; ++i) scale[i] = Vec::load(pairs + i * Vec::kLanes);
-    for (int64_t row = 0; row < kGroup * dims; row += 2 * kGroup) {
-      for (int i = 0; i < kVecsOfRow; i += 2) {
-        const int64_t at = row + i * Vec::kLanes;
-        Path::narrow(Vec::load(codes + at) * scale[i],
-                     Vec::load(codes + at + Vec::kLanes) * scale[i + 1], wide + at);
-      }
-    }
-    block.keys[g] = reinterpret_cast<const char*>(wide);
-  }
-}
-
-/// The values of a block of int8 pages as bf16 pairs [16][head_dim][2] a group.
-template <typename Path>
-void dequantize_values(const AttentionArgs& a, Block& block, Scratch& s) {
-  for (int g = 0; g < block.groups; ++g) {
-    const int8_t* codes = reinterpret_cast<const int8_t*>(block.values[g]);
-    bf16* const wide = s.values + g * kGroup * a.kv.head_dim;
-    for (int key = 0; key < kGroup; key += 2) {
-      float pairs[Vec::kLanes];
-      for (int i = 0; i < Vec::kLanes; ++i) pairs[i] = block.value_scales[g][key + i % 2];
-      const Vec scale = Vec::load(pairs);
-      const int64_t end = (key + 2) * a.kv.head_dim;
-      for (int64_t at = key * a.kv.head_dim; at < end; at += 2 * Vec::kLanes) {
-        Path::narrow(Vec::load(codes + at) * scale, Vec::load(codes + at + Vec::kLanes) * scale,
-                     wide + at);
-      }
-    }
-    block.values[g] = reinterpret_cast<const char*>(wide);
   }
 }
 
 /// Keys from one dim, or pair of dims, to the next in what the paths multiply.
-int64_t key_stride(const KvGeometry& kv) { return kv.dtype == DType::I8 ? kGroup : kv.page_tokens; }
+int64_t key_stride(const KvGeometry& kv) {
+  return kv.dtype == DType::F32 ? kv.page_tokens : kGroup;
+}
 
 /// Scores outside [keys_begin, keys_end) become -inf.
 void mask_row(const Block& block, int64_t keys_begin, int64_t keys_end, float* scores) {
@@ -369,11 +343,6 @@ void multiply(int64_t rows, const float* a, int64_t a_stride, const T* b, int64_
 /// The path with fma.
 template <typename T>
 struct VecPath {
-  static QN_INLINE void narrow(Vec low, Vec high, bf16* wide) {
-    low.store(wide);
-    high.store(wide + Vec::kLanes);
-  }
-
   static void load_query(const float* q, Vec scale, int64_t head_dim, int row, const AttentionItem&,
                          Scratch& s) {
     memcpy(s.query + row * head_dim, q, static_cast<size_t>(head_dim) * sizeof(float));
@@ -383,12 +352,13 @@ struct VecPath {
   static void run(const AttentionArgs& a, const AttentionItem& item, Scratch& s,
                   const PartResults& results) {
     const BlockRange range = blocks_of(item, s);
+    const bool int8 = a.kv.dtype == DType::I8;
     Softmax& softmax = s.softmax[0];
     for (int64_t index = range.begin; index < range.end; ++index) {
       Block block = locate(a, item, s, range, index);
-      if (a.kv.dtype == DType::I8) {
-        dequantize_keys<VecPath>(a, block, s);
-        dequantize_values<VecPath>(a, block, s);
+      if (int8) {
+        widen(kGroup * key_dims(a.kv), block.groups, block.keys, s.keys);
+        widen(kGroup * a.kv.head_dim, block.groups, block.values, s.values);
       }
       if (block.starts_part) start_part(softmax, item.rows);
       start_block(softmax, item.rows);
@@ -396,7 +366,9 @@ struct VecPath {
       for (int r = 0; r < item.rows; ++r) {
         float* scores = s.scores[0] + r * kScoreStride;
         scale_row(block, s.scale[r], scores);
+        if (int8) scale_by_key(block, block.key_scales, scores);
         softmax_row(block, softmax, s, scores, r);
+        if (int8) scale_by_key(block, block.value_scales, scores);
       }
       if (!block.starts_part) {
         rescale_rows(softmax, item.rows, a.kv.head_dim, results.out(block));
@@ -407,6 +379,15 @@ struct VecPath {
   }
 
  private:
+  /// The codes of int8 pages as bf16, which hold them exactly, in the same order.
+  static void widen(int64_t codes, int groups, const char** block, bf16* wide) {
+    for (int g = 0; g < groups; ++g, wide += codes) {
+      const int8_t* const group = reinterpret_cast<const int8_t*>(block[g]);
+      for (int64_t i = 0; i < codes; i += Vec::kLanes) Vec::load(group + i).store(wide + i);
+      block[g] = reinterpret_cast<const char*>(wide);
+    }
+  }
+
   /// Rounds the scaled scores, so that the largest one differs from itself by an exact zero.
   __attribute__((noinline)) static void scale_row(const Block& block, const float* scale,
                                                   float* scores) {
@@ -451,6 +432,15 @@ struct VecPath {
 };
 
 #if QN_ISA_LEVEL >= 3
+/// Where the keys or values of the block's g-th group are; beyond its end, of the next block's.
+const char* ahead(const char* const (Block::*of)[kGroups], const Block& block, const Block& next,
+                  int g) {
+  if (g < block.groups) return (block.*of)[g];
+  if (next.groups == 0) return (block.*of)[block.groups - 1];
+  g -= block.groups;
+  return (next.*of)[g < next.groups ? g : next.groups - 1];
+}
+
 /// The products of a single row, by fma, with the bits that tiles give. A tile with one row does a
 /// sixteenth of its work and waits for memory all the same, since the processor does not read
 /// ahead of its strided loads; here every line is read once, in order, and asked for in time.
@@ -485,9 +475,10 @@ struct OneRow {
     if constexpr (kMost > 1) for_tiles<kMost / 2>(begin, end, fn);
   }
 
-  /// c [16 T] (+)= a [32] * T tiles side by side; load(t, i) gives the i-th row of pairs of one.
-  template <int T, class Load>
-  static QN_INLINE void multiply(const float* a, const Load& load, float* c, bool accumulate) {
+  /// c [16 T] (+)= a [32] * T tiles side by side; at(t, i) is where the i-th row of pairs of one
+  /// is.
+  template <DType kDType, int T, class At>
+  static QN_INLINE void multiply(const float* a, const At& at, float* c, bool accumulate) {
     __m512 even[T], odd[T];
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) even[t] = odd[t] = _mm512_setzero_ps();
@@ -495,11 +486,10 @@ struct OneRow {
       const __m512 a_even = _mm512_set1_ps(a[2 * i]), a_odd = _mm512_set1_ps(a[2 * i + 1]);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
-        const __m512i pairs = load(t, i);
-        const __m512i high = _mm512_and_si512(pairs, _mm512_set1_epi32(-65536));
-        even[t] =
-            _mm512_fmadd_ps(a_even, _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)), even[t]);
-        odd[t] = _mm512_fmadd_ps(a_odd, _mm512_castsi512_ps(high), odd[t]);
+        __m512 b_even, b_odd;
+        read_pairs<kDType>(at(t, i), b_even, b_odd);
+        even[t] = _mm512_fmadd_ps(a_even, b_even, even[t]);
+        odd[t] = _mm512_fmadd_ps(a_odd, b_odd, odd[t]);
       }
     }
 #pragma GCC unroll 8
@@ -510,73 +500,43 @@ struct OneRow {
     }
   }
 
-  /// 16 pairs of codes as pairs of bf16, each lane with a scale of its own.
-  static QN_INLINE __m512i widen(const char* codes, Vec low_scale, Vec high_scale) {
-    const int8_t* const p = reinterpret_cast<const int8_t*>(codes);
-    const Vec low = Vec::load(p) * low_scale, high = Vec::load(p + Vec::kLanes) * high_scale;
-    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v));
+  /// The even and the odd ones of 32 keys or values of pages of a type.
+  template <DType kDType>
+  static QN_INLINE void read_pairs(const char* p, __m512& even, __m512& odd) {
+    if constexpr (kDType == DType::I8) {
+      const __m512i pairs =
+          _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+      even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 24), 24));
+      odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(pairs, 8));
+    } else {
+      const __m512i pairs = _mm512_loadu_si512(p);
+      even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+      odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-65536)));
+    }
   }
 
-  static QN_INLINE __m512i read(const char* line, const char* next) {
-    __builtin_prefetch(next, 0, 3);
-    return _mm512_loadu_si512(line);
-  }
-
-  /// Where the keys or values `count` groups after g are: in the block or at the start of the next
-  /// one, or g's own where nothing follows.
-  static const char* following(const char* (Block::*of)[kGroups], const Block& block,
-                               const Block& next, int g, int count) {
-    if (g + count < block.groups) return (block.*of)[g + count];
-    return next.groups > 0 ? (next.*of)[0] : (block.*of)[g];
-  }
-
-  /// scores = q k^T of one block of bf16 pages; query [depths][32]. `next` follows the block.
+  /// scores = q k^T of one block; query [depths][32]. `next` follows the block.
+  template <DType kDType>
   static __attribute__((noinline)) void multiply_keys(const float* query, int64_t depths,
-                                                      int64_t page_tokens, const Block& block,
-                                                      const Block& next, float* scores) {
-    const int64_t stride = page_tokens * 4;
-    const int64_t most = page_tokens / kGroup;
-    for (int g = 0, count; g < block.groups; g += count) {
-      // Groups of one page lie side by side.
-      for (count = 1; count < most && g + count < block.groups; ++count) {
-        if (block.keys[g + count] != block.keys[g] + count * kGroup * 4) break;
+                                                      const Block& block, const Block& next,
+                                                      float* scores) {
+    constexpr int64_t kTileBytes = kDType == DType::I8 ? 32 : 64;
+    for_tiles<2>(0, block.groups, [&](int g, auto groups) {
+      constexpr int kTiles = 2 * groups.value;
+      const char *keys[groups.value], *after[groups.value];
+      for (int i = 0; i < groups.value; ++i) {
+        keys[i] = block.keys[g + i];
+        after[i] = ahead(&Block::keys, block, next, g + groups.value + i);
       }
-      const char* const after = following(&Block::keys, block, next, g, count);
-      for_tiles<4>(0, 2 * count, [&](int tile, auto tiles) {
-        for (int64_t d = 0; d < depths; ++d) {
-          const int64_t at = d * (kDepth / 2) * stride + tile * 64;
-          const auto load = [&](int t, int i) {
-            const int64_t line = at + i * stride + t * 64;
-            return read(block.keys[g] + line, after + line);
-          };
-          multiply<tiles.value>(query + d * kDepth, load, scores + g * kGroup + tile * Vec::kLanes,
-                                d > 0);
-        }
-      });
-    }
-  }
-
-  /// The same of int8 pages, whose groups [depths * 16][32 keys][2] follow each other.
-  static __attribute__((noinline)) void multiply_int8_keys(const float* query, int64_t depths,
-                                                           const Block& block, const Block& next,
-                                                           float* scores) {
-    for (int g = 0; g < block.groups; ++g) {
-      const char* const after = following(&Block::keys, block, next, g, 1);
-      float pairs[2 * kGroup];
-      for (int key = 0; key < kGroup; ++key) {
-        pairs[2 * key] = pairs[2 * key + 1] = block.key_scales[g][key];
-      }
-      Vec scale[4];
-      for (int i = 0; i < 4; ++i) scale[i] = Vec::load(pairs + i * Vec::kLanes);
       for (int64_t d = 0; d < depths; ++d) {
-        const auto load = [&](int t, int i) {
-          const int64_t line = (d * (kDepth / 2) + i) * 64;
-          if (t == 0) __builtin_prefetch(after + line, 0, 3);
-          return widen(block.keys[g] + line + t * 32, scale[2 * t], scale[2 * t + 1]);
+        const auto at = [&](int t, int i) {
+          const int64_t offset = ((d * (kDepth / 2) + i) * 2 + t % 2) * kTileBytes;
+          if (offset % 64 == 0) __builtin_prefetch(after[t / 2] + offset, 0, 3);
+          return keys[t / 2] + offset;
         };
-        multiply<2>(query + d * kDepth, load, scores + g * kGroup, d > 0);
+        multiply<kDType, kTiles>(query + d * kDepth, at, scores + g * kGroup, d > 0);
       }
-    }
+    });
   }
 
   /// out [head_dim] (+)= p v of one block; probs [group][prob_stride].
@@ -584,27 +544,20 @@ struct OneRow {
   static __attribute__((noinline)) void multiply_values(const bf16* probs, int64_t prob_stride,
                                                         int64_t head_dim, const Block& block,
                                                         const Block& next, float* out) {
-    constexpr int kTileBytes = kDType == DType::I8 ? 32 : 64;
-    const int64_t stride = head_dim * kTileBytes / Vec::kLanes;
+    constexpr int64_t kTileBytes = kDType == DType::I8 ? 32 : 64;
+    const int64_t stride = head_dim / Vec::kLanes * kTileBytes;
     for (int g = 0; g < block.groups; ++g, probs += prob_stride) {
       const char* const values = block.values[g];
-      const char* const after = following(&Block::values, block, next, g, 1);
+      const char* const after = ahead(&Block::values, block, next, g + 1);
       float p[kDepth];
       for (int i = 0; i < kDepth; ++i) p[i] = math::QN_ISA::bf16_to_float(probs[i]);
       for_tiles<8>(0, static_cast<int>(head_dim / Vec::kLanes), [&](int tile, auto tiles) {
-        const auto load = [&](int t, int i) {
-          const int64_t at = i * stride + (tile + t) * kTileBytes;
-          if constexpr (kDType == DType::I8) {
-            if (t % 2 == 0) __builtin_prefetch(after + at, 0, 3);
-            double two_scales;
-            memcpy(&two_scales, block.value_scales[g] + 2 * i, sizeof two_scales);
-            const Vec scale(_mm512_castpd_ps(_mm512_set1_pd(two_scales)));
-            return widen(values + at, scale, scale);
-          } else {
-            return read(values + at, after + at);
-          }
+        const auto at = [&](int t, int i) {
+          const int64_t offset = i * stride + (tile + t) * kTileBytes;
+          if (t * kTileBytes % 64 == 0) __builtin_prefetch(after + offset, 0, 3);
+          return values + offset;
         };
-        multiply<tiles.value>(p, load, out + tile * Vec::kLanes, g > 0 || !block.starts_part);
+        multiply<kDType, tiles.value>(p, at, out + tile * Vec::kLanes, g > 0 || !block.starts_part);
       });
     }
   }
@@ -663,6 +616,47 @@ struct TilePath {
     _mm512_storeu_si512(wide, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high.v, low.v)));
   }
 
+  /// 32 codes as bf16, exactly, in 2 cycles, where float32 in between takes 4. An integer as fp16
+  /// has the bits s eeeee mmmmmm...., and with bf16's bias that becomes s e4 e3 e3 e3 e3 e2 e1 e0
+  /// mmmmmm.: shifted right by three, only the upper byte needs mending, and each of its bits is
+  /// one of before, since e is 0 or 15 to 22.
+  static QN_INLINE void widen(const char* codes, char* wide) {
+    const __m512i c =
+        _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+    const __m512i half = _mm512_srai_epi16(_mm512_castph_si512(_mm512_cvtepi16_ph(c)), 3);
+    const __m512i exponent = _mm512_set1_epi64(0x0102040404040880);
+    _mm512_storeu_si512(
+        wide, _mm512_mask_gf2p8affine_epi64_epi8(half, 0xaaaaaaaaaaaaaaaa, half, exponent, 0));
+  }
+
+  /// The scales of a block's values and their inverses, 1 for a value of zeros.
+  static void load_value_scales(const Block& block, Scratch& s) {
+    for (int key = 0; key < block.groups * kGroup; key += Vec::kLanes) {
+      const __m512 one = _mm512_set1_ps(1.0f);
+      __m512 scale = _mm512_loadu_ps(block.value_scales[key / kGroup] + key % kGroup);
+      const __mmask16 zero = _mm512_cmp_ps_mask(scale, _mm512_setzero_ps(), _CMP_EQ_OQ);
+      scale = _mm512_mask_mov_ps(scale, zero, one);
+      _mm512_store_ps(s.value_scales + key, scale);
+      _mm512_store_ps(s.inverse_scales + key, _mm512_div_ps(one, scale));
+    }
+  }
+
+  /// The probabilities of a row's block times the scales of the values, and the sum so far with
+  /// them: without the scales, but of what they were rounded to.
+  static __attribute__((noinline)) Vec scale_probs(int groups, const Scratch& s, Vec total,
+                                                   bf16* probs) {
+    const float *scales = s.value_scales, *inverse = s.inverse_scales;
+    for (int g = 0; g < groups; ++g, probs += kProbStride) {
+      narrow(Vec::load(probs) * Vec::load(scales),
+             Vec::load(probs + Vec::kLanes) * Vec::load(scales + Vec::kLanes), probs);
+      total = fma(Vec::load(probs), Vec::load(inverse), total);
+      total = fma(Vec::load(probs + Vec::kLanes), Vec::load(inverse + Vec::kLanes), total);
+      scales += kGroup;
+      inverse += kGroup;
+    }
+    return total;
+  }
+
   /// Packed [head_dim / 32][rows][32]; the last step is filled up with zeros.
   static void load_query(const float* q, Vec scale, int64_t head_dim, int row,
                          const AttentionItem& item, Scratch& s) {
@@ -687,8 +681,12 @@ struct TilePath {
 
   static void run(const AttentionArgs& a, const AttentionItem& item, Scratch& s,
                   const PartResults& results) {
-    if (item.rows == 1) return run_one_row(a, item, s, results);
-    item.rows > 16 ? run<2>(a, item, s, results) : run<1>(a, item, s, results);
+    if (a.kv.dtype == DType::I8) {
+      if (item.rows == 1) return run_one_row<DType::I8>(a, item, s, results);
+      return item.rows > 16 ? run<2, true>(a, item, s, results) : run<1, true>(a, item, s, results);
+    }
+    if (item.rows == 1) return run_one_row<DType::BF16>(a, item, s, results);
+    item.rows > 16 ? run<2, false>(a, item, s, results) : run<1, false>(a, item, s, results);
   }
 
  private:
@@ -740,7 +738,8 @@ struct TilePath {
   /// Turns a row's scores of one block into probabilities.
   template <int G>
   static QN_INLINE void softmax_groups(const Block& block, Softmax& softmax, const Scratch& s,
-                                       float* scores, int row, bf16* probs) {
+                                       bool int8, float* scores, int row, bf16* probs) {
+    if (int8) scale_by_key(block, block.key_scales, scores);
     const auto sees_nothing = [&] {
       for (int g = 0; g < G; ++g) memset(probs + g * kProbStride, 0, kDepth * sizeof(bf16));
     };
@@ -757,6 +756,7 @@ struct TilePath {
       if (!prepare_row(block, softmax, s, scores, row, true)) return sees_nothing();
       total = probs_of<G>(scores, softmax.offset[row], Vec::load(sums), probs);
     }
+    if (int8) total = scale_probs(G, s, Vec::load(sums), probs);
     total.store(sums);
   }
 
@@ -773,6 +773,7 @@ struct TilePath {
     float* scores;
     bf16* probs;
     int count;
+    bool int8;
     int done = 0;
 
     QN_INLINE void next() {
@@ -780,14 +781,14 @@ struct TilePath {
       float* const row_scores = scores + done * kScoreStride;
       bf16* const row_probs = probs + done * kDepth;
       if constexpr (kWhole) {
-        softmax_groups<kGroups>(block, softmax, s, row_scores, done, row_probs);
+        softmax_groups<kGroups>(block, softmax, s, int8, row_scores, done, row_probs);
       } else if (block.groups == 1) {
-        softmax_groups<1>(block, softmax, s, row_scores, done, row_probs);
+        softmax_groups<1>(block, softmax, s, int8, row_scores, done, row_probs);
       } else if (block.groups == 2) {
-        softmax_groups<2>(block, softmax, s, row_scores, done, row_probs);
+        softmax_groups<2>(block, softmax, s, int8, row_scores, done, row_probs);
       } else {
         static_assert(kGroups == 4);
-        softmax_groups<3>(block, softmax, s, row_scores, done, row_probs);
+        softmax_groups<3>(block, softmax, s, int8, row_scores, done, row_probs);
       }
       ++done;
     }
@@ -823,51 +824,131 @@ struct TilePath {
     if constexpr (M > 1) _tile_stored(1, c + 4 * stride, stride);
   }
 
+  /// The keys or values of a block as tiles take them, one group after the other.
+  ///
+  /// Every multiplication is followed by the work on a kilobyte that comes later: of int8 pages a
+  /// piece of the next group is widened, and of pages that no other item reads the next block is
+  /// asked for in the order of its addresses, since the processor does not read ahead of the
+  /// strided loads of tiles. `begin` comes first, `advance(g)` after each multiplication with
+  /// group(g), of which there is one for each kilobyte.
+  template <bool kInt8>
+  struct Feed {
+    static constexpr int64_t kPiece = 1024;
+    const char* const* groups;
+    const char* const* next;  // the next block's
+    int count, next_count;
+    int64_t bytes;  // of a group as bf16
+    char* wide;     // two groups of int8 pages
+    int64_t at = 0;
+
+    QN_INLINE void begin() {
+      if constexpr (kInt8) {
+        for (; at < bytes; at += kPiece) widen_piece(0);
+        at = 0;
+      }
+    }
+    QN_INLINE const char* group(int g) const {
+      if constexpr (kInt8) return wide + g % 2 * bytes;
+      return groups[g];
+    }
+    QN_INLINE void advance(int g) {
+      if constexpr (kInt8) {
+        if (g + 1 < count) widen_piece(g + 1);
+        at += kPiece;
+        if (at == bytes) at = 0;
+      } else if (next_count > 0) {
+        for (int64_t i = 0; i < kPiece; i += 64) __builtin_prefetch(*next + at + i, 0, 3);
+        at += kPiece;
+        if (at == bytes) {
+          at = 0;
+          ++next;
+          --next_count;
+        }
+      }
+    }
+
+   private:
+    QN_INLINE void widen_piece(int g) {
+      const char* const codes = groups[g] + at / 2;
+      const char* const later = next_count > g ? next[g] + at / 2 : codes;
+      char* const to = wide + g % 2 * bytes + at;
+      for (int i = 0; i < kPiece; i += 128) {
+        __builtin_prefetch(later + i / 2, 0, 3);
+        widen(codes + i / 2, to + i);
+        widen(codes + i / 2 + 32, to + i + 64);
+      }
+    }
+  };
+
   /// scores = q k^T of one block. kDepths: multiplications that head_dim takes, 0 if any number.
-  template <int M, int kDepths, class RowWork>
+  template <int M, int kDepths, class Keys, class RowWork>
   static QN_INLINE void multiply_keys(const AttentionArgs& a, const AttentionItem& item,
-                                      const Scratch& s, const Block& block, float* scores,
-                                      RowWork& rows) {
-    const int64_t stride = key_stride(a.kv) * 4, query_step = item.rows * 64;
+                                      const Scratch& s, Keys keys, float* scores, RowWork& rows) {
+    constexpr int64_t kStride = kGroup * 4;
+    const int64_t query_step = item.rows * 64;
     const int64_t depths = kDepths > 0 ? kDepths : (a.kv.head_dim + kDepth - 1) / kDepth;
     const char* const query = reinterpret_cast<const char*>(s.query);
-    for (int tile = 0; tile < block.groups * 2; ++tile, scores += Vec::kLanes) {
-      const char* keys = block.keys[tile / 2] + tile % 2 * 64;
-      zero_tiles<M>();
-      for (int64_t d = 0; d < depths; ++d) {
-        multiply_tiles<M>(query + d * query_step, keys + d * 16 * stride, stride);
-        if (kDepths <= 2 || d % 2 == 1) rows.next();
+    keys.begin();
+    for (int g = 0; g < keys.count; ++g) {
+      for (int half = 0; half < 2; ++half, scores += Vec::kLanes) {
+        const char* const tiles = keys.group(g) + half * 64;
+        zero_tiles<M>();
+        for (int64_t d = 0; d < depths; ++d) {
+          multiply_tiles<M>(query + d * query_step, tiles + d * 16 * kStride, kStride);
+          keys.advance(g);
+          if (kDepths <= 2 || d % 2 == 1) rows.next();
+        }
+        store_tiles<M>(scores, kScoreStride * 4);
       }
-      store_tiles<M>(scores, kScoreStride * 4);
     }
   }
 
   /// out (+)= p v of one block.
-  template <int M, int kDepths, class RowWork>
-  static QN_INLINE void multiply_values(const AttentionArgs& a, const Block& block,
+  template <int M, int kDepths, bool kInt8, class RowWork>
+  static QN_INLINE void multiply_values(const AttentionArgs& a, Feed<kInt8> values, bool accumulate,
                                         const bf16* probs, float* out, RowWork& rows) {
     const int64_t head_dim = kDepths > 0 ? kDepths * kDepth : a.kv.head_dim;
     const int64_t stride = head_dim * 4;
-    for (int64_t dim = 0; dim < head_dim; dim += Vec::kLanes) {
-      block.starts_part ? zero_tiles<M>() : load_tiles<M>(out + dim, stride);
-      for (int g = 0; g < block.groups; ++g) {
-        multiply_tiles<M>(reinterpret_cast<const char*>(probs + g * kProbStride),
-                          block.values[g] + dim * 4, stride);
-        if (kDepths <= 2 || g % 2 == 1) rows.next();
+    const auto begin = [&](int64_t dim, bool more) {
+      more ? load_tiles<M>(out + dim, stride) : zero_tiles<M>();
+    };
+    const auto multiply = [&](int64_t dim, int g) __attribute__((always_inline)) {
+      multiply_tiles<M>(reinterpret_cast<const char*>(probs + g * kProbStride),
+                        values.group(g) + dim * 4, stride);
+      values.advance(g);
+    };
+    values.begin();
+    if constexpr (kInt8) {  // two groups are there at a time
+      for (int g = 0; g < values.count; ++g) {
+        for (int64_t dim = 0; dim < head_dim; dim += Vec::kLanes) {
+          begin(dim, accumulate || g > 0);
+          multiply(dim, g);
+          if (kDepths <= 2 || dim / Vec::kLanes % 2 == 1) rows.next();
+          store_tiles<M>(out + dim, stride);
+        }
       }
-      store_tiles<M>(out + dim, stride);
+    } else {
+      for (int64_t dim = 0; dim < head_dim; dim += Vec::kLanes) {
+        begin(dim, accumulate);
+        for (int g = 0; g < values.count; ++g) {
+          multiply(dim, g);
+          if (kDepths <= 2 || g % 2 == 1) rows.next();
+        }
+        store_tiles<M>(out + dim, stride);
+      }
     }
   }
 
   /// The same arithmetic on one block after the other.
+  template <DType kDType>
   static __attribute__((noinline)) void run_one_row(const AttentionArgs& a,
                                                     const AttentionItem& item, Scratch& s,
                                                     const PartResults& results) {
     const int64_t head_dim = a.kv.head_dim, depths = (head_dim + kDepth - 1) / kDepth;
-    const bool int8 = a.kv.dtype == DType::I8;
     const bf16* const packed = reinterpret_cast<const bf16*>(s.query);
     float query[kAttentionMaxHeadDim];
     for (int64_t i = 0; i < depths * kDepth; ++i) query[i] = math::QN_ISA::bf16_to_float(packed[i]);
+    constexpr bool kInt8 = kDType == DType::I8;
     const BlockRange range = blocks_of(item, s);
     Softmax& softmax = s.softmax[0];
     Block block{}, next{};
@@ -879,62 +960,75 @@ struct TilePath {
       float* const scores = s.scores[0];
       {
         const OneRow::NoDenormals as_tiles;
-        if (int8) {
-          OneRow::multiply_int8_keys(query, depths, block, next, scores);
-        } else {
-          OneRow::multiply_keys(query, depths, a.kv.page_tokens, block, next, scores);
-        }
+        OneRow::multiply_keys<kDType>(query, depths, block, next, scores);
       }
       if (block.starts_part) start_part(softmax, 1);
       start_block(softmax, 1);
+      if constexpr (kInt8) load_value_scales(block, s);
       if (block.groups == kGroups) {
-        Rows<true>{block, softmax, s, scores, s.probs[0], 1}.next();
+        Rows<true>{block, softmax, s, scores, s.probs[0], 1, kInt8}.next();
       } else {
-        Rows<false>{block, softmax, s, scores, s.probs[0], 1}.next();
+        Rows<false>{block, softmax, s, scores, s.probs[0], 1, kInt8}.next();
       }
       float* const out = results.out(block);
       if (!block.starts_part) rescale_rows(softmax, 1, head_dim, out);
       {
         const OneRow::NoDenormals as_tiles;
-        const auto multiply =
-            int8 ? OneRow::multiply_values<DType::I8> : OneRow::multiply_values<DType::BF16>;
-        multiply(s.probs[0], kProbStride, head_dim, block, next, out);
+        OneRow::multiply_values<kDType>(s.probs[0], kProbStride, head_dim, block, next, out);
       }
       if (block.ends_part) results.finish(block, softmax);
     }
   }
 
-  template <int M>
+  template <int M, bool kInt8>
   static void run(const AttentionArgs& a, const AttentionItem& item, Scratch& s,
                   const PartResults& results) {
     switch (a.kv.head_dim) {
       case 64:
-        return run<M, 2>(a, item, s, results);
+        return run<M, kInt8, 2>(a, item, s, results);
       case 128:
-        return run<M, 4>(a, item, s, results);
+        return run<M, kInt8, 4>(a, item, s, results);
       default:
-        return run<M, 0>(a, item, s, results);
+        return run<M, kInt8, 0>(a, item, s, results);
     }
   }
 
-  template <int M, int kDepths>
+  template <int M, bool kInt8, int kDepths>
   static void run(const AttentionArgs& a, const AttentionItem& item, Scratch& s,
                   const PartResults& results) {
     const BlockRange range = blocks_of(item, s);
     if (range.begin >= range.end) return;
-    Block blocks[3];  // by index % 3: the previous one, the one in softmax, the next one
-    const auto block_at = [&](int64_t index) -> Block& { return blocks[index % 3]; };
-    const auto multiply_keys_of = [&](int64_t index, auto& rows) __attribute__((always_inline)) {
+    Block blocks[4];  // by index % 4: the previous one, the one in softmax, the next two
+    const auto block_at = [&](int64_t index) -> Block& { return blocks[index % 4]; };
+    const auto locate_at = [&](int64_t index) {
       Block& block = block_at(index);
-      block = locate(a, item, s, range, index);
-      if (a.kv.dtype == DType::I8) dequantize_keys<TilePath>(a, block, s);
-      multiply_keys<M, kDepths>(a, item, s, block, s.scores[index % 2], rows);
+      block.groups = 0;
+      if (index < range.end) block = locate(a, item, s, range, index);
+    };
+    const bool alone = item.rows < kAttentionRows;  // else other items are likely to read the same
+    const auto multiply_keys_of = [&](int64_t index, auto& rows) __attribute__((always_inline)) {
+      locate_at(index + 1);
+      const Block &block = block_at(index), &next = block_at(index + 1);
+      const Feed<kInt8> keys{block.keys,
+                             next.keys,
+                             block.groups,
+                             alone ? next.groups : 0,
+                             2 * kGroup * key_dims(a.kv),
+                             reinterpret_cast<char*>(s.keys)};
+      multiply_keys<M, kDepths>(a, item, s, keys, s.scores[index % 2], rows);
     };
     const auto multiply_values_of = [&](int64_t index, auto& rows) __attribute__((always_inline)) {
-      Block& block = block_at(index);
-      if (a.kv.dtype == DType::I8) dequantize_values<TilePath>(a, block, s);
-      multiply_values<M, kDepths>(a, block, s.probs[index % 2], results.out(block), rows);
+      const Block &block = block_at(index), &next = block_at(index + 1);
+      const Feed<kInt8> values{block.values,
+                               next.values,
+                               block.groups,
+                               alone ? next.groups : 0,
+                               2 * kGroup * a.kv.head_dim,
+                               reinterpret_cast<char*>(s.values)};
+      multiply_values<M, kDepths>(a, values, !block.starts_part, s.probs[index % 2],
+                                  results.out(block), rows);
     };
+    locate_at(range.begin);
     NoRows no_rows;
     multiply_keys_of(range.begin, no_rows);
     const Softmax* previous_softmax = nullptr;
@@ -944,6 +1038,7 @@ struct TilePath {
       Softmax& softmax = s.softmax[block.first_key / kAttentionPart % 2];
       if (block.starts_part) start_part(softmax, item.rows);
       start_block(softmax, item.rows);
+      if constexpr (kInt8) load_value_scales(block, s);
       const auto run_rows = [&](auto rows) __attribute__((always_inline)) {
         if (index + 1 < range.end) multiply_keys_of(index + 1, rows);
         if (previous) multiply_values_of(index - 1, rows);
@@ -952,9 +1047,9 @@ struct TilePath {
       float* const scores = s.scores[index % 2];
       bf16* const probs = s.probs[index % 2];
       if (block.groups == kGroups) {
-        run_rows(Rows<true>{block, softmax, s, scores, probs, item.rows});
+        run_rows(Rows<true>{block, softmax, s, scores, probs, item.rows, kInt8});
       } else {
-        run_rows(Rows<false>{block, softmax, s, scores, probs, item.rows});
+        run_rows(Rows<false>{block, softmax, s, scores, probs, item.rows, kInt8});
       }
       if (previous && previous->ends_part) results.finish(*previous, *previous_softmax);
       if (!block.starts_part) {

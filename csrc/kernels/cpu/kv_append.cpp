@@ -11,6 +11,14 @@
 namespace qn::cpu::QN_ISA {
 namespace {
 
+constexpr int64_t kGroup = 32;  // keys of a page that lie together
+
+/// Where a key's first pair of dims goes; the next one is kGroup pairs further.
+char* key_pairs(const KvGeometry& kv, char* head, int64_t slot, int64_t pair_bytes) {
+  const int64_t key_bytes = kv.value_offset / kv.page_tokens;
+  return head + slot / kGroup * kGroup * key_bytes + slot % kGroup * pair_bytes;
+}
+
 void append(const KvAppendItem& item, const KvGeometry& kv, char* head, const float* k,
             int64_t k_stride, const float* v, int64_t v_stride, const float*, float*) {
   float* keys = reinterpret_cast<float*>(head) + item.slot;
@@ -39,9 +47,10 @@ void append(const KvAppendItem& item, const KvGeometry& kv, char* head, const fl
   for (int64_t begin = 0; begin < item.count; begin += kTokens) {
     const int64_t left = item.count - begin, count = left < kTokens ? left : kTokens;
     convert(k + begin * k_stride, k_stride, count);
+    char* pairs[kTokens];
+    for (int64_t i = 0; i < count; ++i) pairs[i] = key_pairs(kv, head, item.slot + begin + i, 4);
     for (int64_t dim = 0; dim < kv.head_dim; dim += 2) {
-      char* pairs = head + (dim / 2 * kv.page_tokens + item.slot + begin) * 4;
-      for (int64_t i = 0; i < count; ++i) memcpy(pairs + 4 * i, narrow[i] + dim, 4);
+      for (int64_t i = 0; i < count; ++i) memcpy(pairs[i] + dim * kGroup * 2, narrow[i] + dim, 4);
     }
     convert(v + begin * v_stride, v_stride, count);
     for (int64_t i = 0; i < count; ++i) {
@@ -62,8 +71,8 @@ float quantize_row(const float* x, int64_t head_dim, int8_t* codes) {
     not_finite = fma(part, Vec::zero(), not_finite);
   }
   const float scale = max(top) / 127.0f + sum(not_finite);
-  // Below that the inverse overflows, and the row adds nothing.
-  const bool negligible = !(scale >= 1e-36f);
+  // Probabilities, which are multiplied with the scales of values, must not become denormals.
+  const bool negligible = !(scale >= 0x1p-80f);
   const Vec inverse(negligible ? 0.0f : 1.0f / scale);
   for (int64_t dim = 0; dim < head_dim; dim += Vec::kLanes) {
     const Vec part = negligible ? Vec::zero() : Vec::load(x + dim);
@@ -74,13 +83,10 @@ float quantize_row(const float* x, int64_t head_dim, int8_t* codes) {
 
 void append(const KvAppendItem& item, const KvGeometry& kv, char* head, const float* k,
             int64_t k_stride, const float* v, int64_t v_stride, const float* key_scale, int8_t*) {
-  constexpr int64_t kGroup = 32;
   int8_t codes[kAttentionMaxHeadDim];
   float divided[kAttentionMaxHeadDim];
-  int8_t* const keys = reinterpret_cast<int8_t*>(head);
-  int8_t* const values = keys + kv.value_offset;
+  int8_t* const values = reinterpret_cast<int8_t*>(head + kv.value_offset);
   float* const scales = reinterpret_cast<float*>(head + kv.scale_offset);
-  const int64_t key_bytes = kv.value_offset / kv.page_tokens;
   for (int64_t i = 0; i < item.count; ++i) {
     const int64_t slot = item.slot + i;
     const float* key = k + i * k_stride;
@@ -91,7 +97,7 @@ void append(const KvAppendItem& item, const KvGeometry& kv, char* head, const fl
       key = divided;
     }
     scales[slot] = quantize_row(key, kv.head_dim, codes);
-    int8_t* pairs = keys + slot / kGroup * kGroup * key_bytes + slot % kGroup * 2;
+    char* const pairs = key_pairs(kv, head, slot, 2);
     for (int64_t dim = 0; dim < kv.head_dim; dim += 2) {
       memcpy(pairs + dim * kGroup, codes + dim, 2);
     }
