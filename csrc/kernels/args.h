@@ -372,7 +372,7 @@ struct GemmQuantizedArgs {
 struct FoldedActivations {
   int8_t* codes;
   float* scale;           // [tokens][blocks(cols)]
-  int32_t* negative_sum;  // [tokens][blocks(cols)], -(sum of the codes), or null
+  int32_t* negative_sum;  // [tokens][blocks(cols)], -(sum of the codes)
   int64_t tokens;
   int64_t block_cols;  // a multiple of 64
 

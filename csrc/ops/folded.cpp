@@ -43,13 +43,13 @@ FoldedActivations allocate_folded(int64_t tokens, int64_t cols, int64_t block_co
   FoldedActivations out{nullptr, nullptr, nullptr, tokens, block_cols};
   out.codes = context.workspace.allocate_array<int8_t>(tokens * cpu::folded_cols(cols) + kTile);
   out.scale = context.workspace.allocate_array<float>(tokens * out.blocks(cols));
+  out.negative_sum = context.workspace.allocate_array<int32_t>(tokens * out.blocks(cols));
   return out;
 }
 
 FoldedActivations fold(const TensorView& x, int64_t block_cols, const ExecContext& context) {
   const int64_t tokens = x.shape[0], cols = x.shape[1];
-  FoldedActivations out = allocate_folded(tokens, cols, block_cols, context);
-  out.negative_sum = context.workspace.allocate_array<int32_t>(tokens * out.blocks(cols));
+  const FoldedActivations out = allocate_folded(tokens, cols, block_cols, context);
   const FoldActivationsArgs args{out, x.as<float>(), cols, x.stride[0]};
   const auto kernel = cpu::active_cpu_kernels().fold_activations;
   context.pool.parallel_for(tokens, cpu::kTokenTile,

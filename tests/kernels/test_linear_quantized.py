@@ -23,7 +23,8 @@ FORMATS = quant_reference.FORMATS
 TOKENS = [1, 2, 3, 5, 8, 15, 16, 17, 33]
 ROWS = [1, 16, 31, 33, 70]
 COLS = [1, 31, 33, 64, 200, 896]
-FOLDED_TOKENS = 8  # csrc/ops/ops.h: from here on, at the level amx
+FOLDED_TOKENS = 8  # csrc/ops/ops.h: from here on, at the levels in FOLDING
+FOLDING = ("avx512", "amx")
 
 
 def make(rng, fmt, tokens, rows, cols, scale=1.0):
@@ -124,7 +125,7 @@ def test_bits_do_not_depend_on_batch_or_threads(isa, rng, rows, cols, fmt):
                 first = 70 - tokens
                 part = linear(x[first:], weight, bias)
                 assert torch.equal(part, whole[first:]), (count, tokens)
-                if fmt.startswith("int8") or isa != "amx" or tokens < FOLDED_TOKENS:
+                if fmt.startswith("int8") or isa not in FOLDING or tokens < FOLDED_TOKENS:
                     fast = linear(x[first:], weight, bias, invariant=False)
                     assert torch.equal(fast, part), (count, tokens)
     finally:
@@ -194,7 +195,7 @@ def test_folded_error_is_bounded(isa, rng, tokens, rows, cols, fmt):
     x, weight = outlier_input(rng, tokens, cols), Weight(rng, fmt, rows, cols)
     out = linear(x, weight, invariant=False)
     error = out.double() - x.double() @ weight.values.T
-    _, step = quantized(x, 1024 if isa == "amx" else 32)
+    _, step = quantized(x, 1024 if isa in FOLDING else 32)
     w, wide = weight.values.abs(), x.double().abs()
     of_step = 0.5 + (16 / 256 if fmt == "int4_symmetric" else 8 / 32 + 4 / 256)
     worst = (wide + step / 2) @ torch.ones_like(w).T * weight.fold_step * of_step
@@ -221,7 +222,7 @@ def test_folded_codes_that_do_not_occur(isa, rng, tokens, code, scale, least):
     packed = ops.PackedWeight(quant_reference.pack("int4", parts), "int4", rows, cols)
     w, x = torch.from_numpy(values[:rows, :cols].copy()), torch.randn((tokens, cols), generator=rng)
     out = ops.linear(x, packed, invariant=False)
-    wide, step = quantized(x, 1024 if isa == "amx" else 32)
+    wide, step = quantized(x, 1024 if isa in FOLDING else 32)
     of_weights = torch.from_numpy(fold_step("int4", parts)[:rows]) * (0.75 + 4 / 256)
     worst = (wide.abs() + step / 2) @ of_weights.expand(cols, rows) + step / 2 @ w.abs().T
     assert ((out.double() - x.double() @ w.T).abs() <= worst + 1e-5 * worst.max()).all()

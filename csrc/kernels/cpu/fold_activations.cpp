@@ -21,7 +21,7 @@ void fold_activations(const FoldActivationsArgs& a, int64_t begin, int64_t end) 
                                             within(a.cols), within(folded_cols(a.cols)), row);
       const int64_t at = token * blocks + block;
       a.out.scale[at] = folded.scale;
-      if (a.out.negative_sum != nullptr) a.out.negative_sum[at] = folded.negative_sum;
+      a.out.negative_sum[at] = folded.negative_sum;
       row.codes += a.out.block_cols / kFoldedTileCols * row.step;
     }
   }

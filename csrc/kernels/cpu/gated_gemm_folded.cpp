@@ -1,14 +1,18 @@
-// The first half of an MLP on AMX tiles: out = silu(x gate^T) * (x up^T), folded for the GEMM that
-// follows (amx_folded_gemm.h). With Int8 weights the bits are those of gemm_int8, swiglu and
+// The first half of an MLP: out = silu(x gate^T) * (x up^T), folded for the GEMM that
+// follows (folded_gemm.h). With Int8 weights the bits are those of gemm_int8, swiglu and
 // fold_activations.
 //
 //   unit of work: a chunk of tokens x a block of out's columns, so that the block's results stay in
 //   L2 until their scales are known; float32 [tokens, 2 * rows] never goes through memory
 //   tiles: sixteen rows of gate beside the same sixteen rows of up
-//   level: amx only
+//   levels: avx512, amx
 #include "kernels/cpu/kernels.h"
+#if QN_ISA_LEVEL >= 2
 #if QN_ISA_LEVEL >= 3
 #include "kernels/cpu/amx_folded_gemm.h"
+#else
+#include "kernels/cpu/vnni_folded_gemm.h"
+#endif
 #include "kernels/cpu/vec_fold.h"
 
 namespace qn::cpu::QN_ISA {
@@ -55,8 +59,11 @@ class GatedSink {
     for (int64_t token = begin; token < end; ++token) {
       FoldedRow row = folded_row(a_.out, a_.rows, token);
       row.codes += column / kFoldedTileCols * row.step;
-      a_.out.scale[token * a_.out.blocks(a_.rows) + block_] =
-          fold_block(tokens_ + token * kHalfPanelRows, stride_, valid_, padded, row).scale;
+      const FoldedBlock folded =
+          fold_block(tokens_ + token * kHalfPanelRows, stride_, valid_, padded, row);
+      const int64_t at = token * a_.out.blocks(a_.rows) + block_;
+      a_.out.scale[at] = folded.scale;
+      a_.out.negative_sum[at] = folded.negative_sum;
     }
   }
 
@@ -72,7 +79,7 @@ class GatedSink {
 }  // namespace
 
 void gated_gemm_folded(const GatedGemmFoldedArgs& a, int64_t begin, int64_t end) {
-  const TileScope tiles;
+  [[maybe_unused]] const FoldedScope scope;
   FoldedStaging* staging = static_cast<FoldedStaging*>(a.scratch);
   float* held = reinterpret_cast<float*>(static_cast<char*>(a.scratch) +
                                          gemm_folded_scratch(a.cols, a.chunk_tokens));

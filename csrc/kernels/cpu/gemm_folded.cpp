@@ -7,8 +7,12 @@
 //   bytes per chunk of tokens: the weights once, tokens * cols once per folded_residents panels,
 //   4 * tokens * rows
 #include "kernels/cpu/kernels.h"
+#if QN_ISA_LEVEL >= 2
 #if QN_ISA_LEVEL >= 3
 #include "kernels/cpu/amx_folded_gemm.h"
+#else
+#include "kernels/cpu/vnni_folded_gemm.h"
+#endif
 
 namespace qn::cpu::QN_ISA {
 namespace {
@@ -59,7 +63,7 @@ class FloatSink {
 }  // namespace
 
 void gemm_folded(const GemmFoldedArgs& a, int64_t begin, int64_t end) {
-  const TileScope tiles;
+  [[maybe_unused]] const FoldedScope scope;
   const int64_t panels = panel_count(a.rows), panel_size = panel_bytes(a.format, a.cols);
   const auto pair_at = [&](int64_t panel) {
     const uint8_t* packed = static_cast<const uint8_t*>(a.weight) + panel * panel_size;

@@ -30,6 +30,8 @@ void fill(CpuKernels& table) {
   table.matmul_pack = matmul_pack;
   table.matmul = matmul;
   table.gemm_bf16_pack_x = gemm_bf16_pack_x;
+#endif
+#if QN_ISA_LEVEL >= 2
   table.gemm_folded = gemm_folded;
   table.gated_gemm_folded = gated_gemm_folded;
 #endif
