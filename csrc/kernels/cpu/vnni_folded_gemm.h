@@ -40,10 +40,30 @@ QN_INLINE void unpack_unsigned(const PanelPair& pair, int64_t cols, int8_t* out)
   }
 }
 
-/// The results of kCount consecutive tokens of one tile with one pair.
+/// Brings what one step of a pair is unpacked from nearer.
+QN_INLINE void prefetch_step(const PanelPair& pair, int64_t step) {
+  for (const HalfPanel& half : pair.side) {
+    if (half.format == WeightFormat::Int8) {
+      for (int i = 0; i < kTileBytes; i += 64) {
+        __builtin_prefetch(half.tiles() + step * kStepBytes + i, 0, 2);
+      }
+      continue;
+    }
+    for (int64_t g = 2 * step; g < 2 * step + 2; ++g) {
+      const uint8_t* const block = half.packed + sizeof(PanelHeader) + g * kInt4BlockBytes;
+      __builtin_prefetch(block, 0, 2);
+      for (int i = 0; i < 256; i += 64) {
+        __builtin_prefetch(block + kScaleBytes + 256 * half.half + i, 0, 2);
+      }
+    }
+  }
+}
+
+/// The results of kCount consecutive tokens of one tile with one pair; `next`, if any, is unpacked
+/// afterwards.
 template <int kCount, class Sink>
 QN_INLINE void multiply_tokens(const FoldedActivations& x, int64_t cols, int64_t token,
-                               const int8_t* tiles, Sink& sink) {
+                               const int8_t* tiles, const PanelPair* next, Sink& sink) {
   const int64_t steps = folded_cols(cols) / kFoldedTileCols;
   const int64_t blocks = x.blocks(cols), steps_per_block = x.block_cols / kFoldedTileCols;
   const float* const scale = x.scale + token * blocks;
@@ -57,6 +77,7 @@ QN_INLINE void multiply_tokens(const FoldedActivations& x, int64_t cols, int64_t
     }
     const int64_t end = step + steps_per_block < steps ? step + steps_per_block : steps;
     for (; step < end; ++step, tiles += kStepBytes, row.codes += row.step) {
+      if (next != nullptr) prefetch_step(*next, step);
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) {
         Codes codes[2];
@@ -83,12 +104,13 @@ QN_INLINE void multiply_tokens(const FoldedActivations& x, int64_t cols, int64_t
 /// Tokens [token, end), eight and fewer at a time.
 template <int kCount, class Sink>
 QN_INLINE void multiply_all(const FoldedActivations& x, int64_t cols, int64_t token, int64_t end,
-                            const int8_t* tiles, Sink& sink) {
+                            const int8_t* tiles, const PanelPair* next, Sink& sink) {
   for (; token + kCount <= end; token += kCount) {
-    multiply_tokens<kCount>(x, cols, token, tiles, sink);
+    multiply_tokens<kCount>(x, cols, token, tiles, next, sink);
+    next = nullptr;
   }
   if constexpr (kCount > 1) {
-    if (token < end) multiply_all<kCount / 2>(x, cols, token, end, tiles, sink);
+    if (token < end) multiply_all<kCount / 2>(x, cols, token, end, tiles, next, sink);
   }
 }
 
@@ -113,10 +135,13 @@ QN_INLINE void multiply_pairs(const FoldedActivations& x, int64_t cols, int64_t 
     for (int64_t token = first; token < last; token += 32) {
       const int64_t tokens_end = token + 32 < last ? token + 32 : last;
       sink.start_tokens(token);
+      const bool unpacks_next = last - first <= 32 && p + 1 < end;  // then count is 1
+      const PanelPair next = pair_at(unpacks_next ? p + 1 : p);
       for (int64_t i = 0; i < count; ++i) {
         sink.prepare(p + i, token, tokens_end);
         sink.start(p + i, staging->pairs[i].scale);
-        multiply_all<8>(x, cols, token, tokens_end, staging->pairs[i].tiles, sink);
+        multiply_all<8>(x, cols, token, tokens_end, staging->pairs[i].tiles,
+                        unpacks_next ? &next : nullptr, sink);
       }
       sink.finish_tokens(token, tokens_end);
     }
