@@ -7,7 +7,7 @@
 //           So a pair is unpacked once for all tokens, and the results of 32 tokens come together
 #pragma once
 #include "kernels/cpu/amx_tile.h"
-#include "kernels/cpu/folded_gemm.h"
+#include "kernels/cpu/folded_weights.h"
 
 namespace qn::cpu::QN_ISA {
 
@@ -19,7 +19,7 @@ constexpr int64_t kL1Steps = 16;
 /// Where the tiles of one side are; 4-bit ones are unpacked to `out`.
 QN_INLINE const int8_t* tiles_of(const HalfPanel& half, int64_t groups, int8_t* out) {
   if (half.format == WeightFormat::Int8) return half.tiles();
-  unpack(half, groups, out);
+  unpack_int4_tiles(half, groups, out);
   return out;
 }
 
@@ -51,7 +51,7 @@ class Prefetch {
 /// A pair that stays in L2 while the tokens pass.
 struct ResidentPair {
   const int8_t* tiles[2];
-  __m512 scale[2];
+  Vec scale[2];
 };
 
 using FoldedTotals = float[32][2][16];  // [token][side][row]
@@ -107,14 +107,14 @@ class FoldedEpilogue {
   QN_INLINE void rows(Sink& sink, int end) {
     for (int row = row_; row < end; ++row) {
       const __m512 scale = _mm512_set1_ps(scale_[row * scale_stride_]);
-      __m512 y[2];
+      Vec y[2];
 #pragma GCC unroll 2
       for (int s = 0; s < 2; ++s) {
         const __m512 sum = _mm512_cvtepi32_ps(_mm512_load_si512(sums_[row][s]));
         float* total = total_[row][s];
         y[s] =
             first ? _mm512_mul_ps(sum, scale) : _mm512_fmadd_ps(sum, scale, _mm512_load_ps(total));
-        if constexpr (!last) _mm512_store_ps(total, y[s]);
+        if constexpr (!last) y[s].store(total);
       }
       if constexpr (last) sink.row(token_ + row, y);
     }
@@ -353,7 +353,7 @@ QN_INLINE void multiply_few(const FoldedActivations& x, int64_t cols, int64_t fi
       epilogue.start(x, first, last, block, blocks, sums, staging->few.totals);
       if (block + 1 == blocks) {
         const PanelPair pair = pair_at(p);
-        const __m512 scale[2] = {pair.side[0].scale(), pair.side[1].scale()};
+        const Vec scale[2] = {scale_of(pair.side[0]), scale_of(pair.side[1])};
         sink.start(p, scale);
       }
     }
@@ -393,7 +393,7 @@ QN_INLINE void multiply_pairs(const FoldedActivations& x, int64_t cols, int64_t 
       }
       for (int s = 0; s < 2; ++s) {
         resident.tiles[s] = tiles_of(pair.side[s], groups, out + s * kTileBytes);
-        resident.scale[s] = pair.side[s].scale();
+        resident.scale[s] = scale_of(pair.side[s]);
       }
     }
     sink.start_pairs(p + count);

@@ -5,13 +5,13 @@
 //   unit of work: a chunk of tokens x a block of out's columns, so that the block's results stay in
 //   L2 until their scales are known; float32 [tokens, 2 * rows] never goes through memory
 //   tiles: sixteen rows of gate beside the same sixteen rows of up
-//   levels: avx512, amx
+//   levels: avx2, avx512, amx
 #include "kernels/cpu/kernels.h"
-#if QN_ISA_LEVEL >= 2
+#if QN_ISA_LEVEL >= 1
 #if QN_ISA_LEVEL >= 3
 #include "kernels/cpu/amx_folded_gemm.h"
 #else
-#include "kernels/cpu/vnni_folded_gemm.h"
+#include "kernels/cpu/vec_folded_gemm.h"
 #endif
 #include "kernels/cpu/vec_fold.h"
 
@@ -44,12 +44,12 @@ class GatedSink {
   QN_INLINE void start_tokens(int64_t token) {
     tokens_ = held_ - (held_tokens_ <= 32 ? token : first_token_) * kHalfPanelRows;
   }
-  QN_INLINE void start(int64_t half, const __m512* scale) {
+  QN_INLINE void start(int64_t half, const Vec* scale) {
     half_ = tokens_ + (half - first_half_) * stride_;
     for (int s = 0; s < 2; ++s) scale_[s] = scale[s];
   }
-  QN_INLINE void row(int64_t token, const __m512* y) {
-    const Vec gate = Vec(y[0]) * Vec(scale_[0]), up = Vec(y[1]) * Vec(scale_[1]);
+  QN_INLINE void row(int64_t token, const Vec* y) {
+    const Vec gate = y[0] * scale_[0], up = y[1] * scale_[1];
     (silu(gate) * up).store(half_ + token * kHalfPanelRows);
   }
   void finish_tokens(int64_t begin, int64_t end) {
@@ -73,7 +73,7 @@ class GatedSink {
   int64_t held_tokens_, stride_, block_, first_token_, valid_, first_half_, end_half_;
   bool complete_ = false;
   float *tokens_ = nullptr, *half_ = nullptr;
-  __m512 scale_[2];
+  Vec scale_[2];
 };
 
 }  // namespace

@@ -7,11 +7,11 @@
 //   bytes per chunk of tokens: the weights once, tokens * cols once per folded_residents panels,
 //   4 * tokens * rows
 #include "kernels/cpu/kernels.h"
-#if QN_ISA_LEVEL >= 2
+#if QN_ISA_LEVEL >= 1
 #if QN_ISA_LEVEL >= 3
 #include "kernels/cpu/amx_folded_gemm.h"
 #else
-#include "kernels/cpu/vnni_folded_gemm.h"
+#include "kernels/cpu/vec_folded_gemm.h"
 #endif
 
 namespace qn::cpu::QN_ISA {
@@ -32,32 +32,31 @@ class FloatSink {
       __builtin_prefetch(out + token * a_.out_stride + 16, 1, 3);
     }
   }
-  QN_INLINE void start(int64_t panel, const __m512* scale) {
+  QN_INLINE void start(int64_t panel, const Vec* scale) {
     out_ = a_.out + panel * kPanelRows;
     for (int h = 0; h < 2; ++h) {
       const int64_t row = panel * kPanelRows + h * kHalfPanelRows;
       const int64_t left = a_.rows - row;
-      mask_[h] = left >= 16 ? 0xffff : left > 0 ? Vec::first(static_cast<int>(left)) : 0;
-      bias_[h] =
-          a_.bias != nullptr ? _mm512_maskz_loadu_ps(mask_[h], a_.bias + row) : _mm512_setzero_ps();
+      rows_[h] = left >= Vec::kLanes ? Vec::kLanes : left > 0 ? static_cast<int>(left) : 0;
+      bias_[h] = a_.bias != nullptr ? Vec::load(a_.bias + row, rows_[h]) : Vec::zero();
       scale_[h] = scale[h];
     }
   }
 
-  QN_INLINE void row(int64_t token, const __m512* y) {
+  QN_INLINE void row(int64_t token, const Vec* y) {
     float* out = out_ + token * a_.out_stride;
     for (int h = 0; h < 2; ++h) {
-      __m512 result = _mm512_fmadd_ps(y[h], scale_[h], bias_[h]);
-      if (a_.add) result = _mm512_add_ps(result, _mm512_maskz_loadu_ps(mask_[h], out + 16 * h));
-      _mm512_mask_storeu_ps(out + 16 * h, mask_[h], result);
+      Vec result = fma(y[h], scale_[h], bias_[h]);
+      if (a_.add) result = result + Vec::load(out + Vec::kLanes * h, rows_[h]);
+      result.store(out + Vec::kLanes * h, rows_[h]);
     }
   }
 
  private:
   const GemmFoldedArgs& a_;
   float* out_ = nullptr;
-  __m512 scale_[2], bias_[2];
-  __mmask16 mask_[2];
+  Vec scale_[2], bias_[2];
+  int rows_[2];
 };
 
 }  // namespace

@@ -31,7 +31,7 @@ void fill(CpuKernels& table) {
   table.matmul = matmul;
   table.gemm_bf16_pack_x = gemm_bf16_pack_x;
 #endif
-#if QN_ISA_LEVEL >= 2
+#if QN_ISA_LEVEL >= 1
   table.gemm_folded = gemm_folded;
   table.gated_gemm_folded = gated_gemm_folded;
 #endif

@@ -146,6 +146,10 @@ QN_INLINE __m256i broadcast4(const int8_t* x) {
   return _mm256_set1_epi32(dword);
 }
 
+/// Sums made so far, before the next product is. gcc would make all products first, which do not
+/// fit the registers.
+QN_INLINE void keep_order(__m256i& lo, __m256i& hi) { asm("" : "+x"(lo), "+x"(hi)); }
+
 template <int kBits>
 struct GroupSum;
 
@@ -162,6 +166,7 @@ struct GroupSum<4> {
     const __m256i four = broadcast4(x);
     lo = _mm256_add_epi16(lo, _mm256_maddubs_epi16(codes.lo, four));
     hi = _mm256_add_epi16(hi, _mm256_maddubs_epi16(codes.hi, four));
+    keep_order(lo, hi);
   }
   QN_INLINE Vec value() const {
     const __m256i ones = _mm256_set1_epi16(1), first = _mm256_set1_epi32(offset);
@@ -180,6 +185,7 @@ struct GroupSum<8> {
     const __m256i four = broadcast4(x);
     lo = _mm256_add_epi32(lo, dot(codes.lo, four));
     hi = _mm256_add_epi32(hi, dot(codes.hi, four));
+    keep_order(lo, hi);
   }
   QN_INLINE Vec value() const { return {_mm256_cvtepi32_ps(lo), _mm256_cvtepi32_ps(hi)}; }
 
