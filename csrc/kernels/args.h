@@ -373,6 +373,7 @@ struct FoldedActivations {
   int8_t* codes;
   float* scale;           // [tokens][blocks(cols)]
   int32_t* negative_sum;  // [tokens][blocks(cols)], -(sum of the codes)
+  int16_t* group_sums;    // [tokens][ceil(cols / 64)][2], sums of 32 codes; level avx2 only
   int64_t tokens;
   int64_t block_cols;  // a multiple of 64
 

@@ -40,10 +40,12 @@ int64_t int8_block_cols(int64_t cols) {
 FoldedActivations allocate_folded(int64_t tokens, int64_t cols, int64_t block_cols,
                                   const ExecContext& context) {
   constexpr int64_t kTile = cpu::kTokenTile * cpu::kFoldedTileCols;
-  FoldedActivations out{nullptr, nullptr, nullptr, tokens, block_cols};
+  FoldedActivations out{nullptr, nullptr, nullptr, nullptr, tokens, block_cols};
   out.codes = context.workspace.allocate_array<int8_t>(tokens * cpu::folded_cols(cols) + kTile);
   out.scale = context.workspace.allocate_array<float>(tokens * out.blocks(cols));
   out.negative_sum = context.workspace.allocate_array<int32_t>(tokens * out.blocks(cols));
+  out.group_sums =
+      context.workspace.allocate_array<int16_t>(tokens * cpu::folded_cols(cols) / kGroupSize);
   return out;
 }
 

@@ -7,15 +7,12 @@
 //           Int4Symmetric has scale = round(its scale / row factor), min = 8 * scale
 //   Int8    code + 128 = 16 * high + low, each as 4-bit codes; exact
 //
-// Ranges: 2 * 15 * 127 for each of 8 products in 16 bits: 30480; a block of 1024 columns at most
-// 32 * 2 * 30480 * 1023 / 1 in 32: see kMostScale.
+// Ranges: 8 * 2 * 15 * 127 = 30480 in 16 bits; a block of 1024 columns has 32 groups, whose sums in 32
+// bits stay below 32 * 2 * 30480 * 1023 < 2^31.
 #pragma once
 #include "kernels/cpu/folded_gemm.h"
 
 namespace qn::cpu::QN_ISA {
-
-/// Tokens whose products share the loads of weights.
-constexpr int kTokensTogether = 4;
 
 /// Sixteen rows, unpacked.
 class UnpackedSide {
@@ -41,16 +38,18 @@ class UnpackedSide {
   }
   QN_INLINE Vec scale() const { return scale_; }
 
-  /// Sums of the steps [begin, end) with kCount tokens, as floats; x is the first token's codes of
-  /// step `begin`, group_sums its sums there.
+  /// Sums of the steps [begin, end), the b-th block of x, with kCount tokens of one tile.
   template <int kCount>
-  QN_INLINE void multiply(const FoldedRow& x, const int16_t* group_sums, int64_t sums_stride,
-                          const int32_t* negative_sum, int64_t blocks, int64_t begin, int64_t end,
-                          Vec* sums) const {
+  QN_INLINE void multiply(const FoldedActivations& x, int64_t cols, int64_t token, int64_t b,
+                          int64_t begin, int64_t end, Vec* sums) const {
+    FoldedRow row = folded_row(x, cols, token);
+    row.codes += begin * row.step;
     if (int8_) {
-      multiply_int8<kCount>(x, negative_sum, blocks, begin, end, sums);
+      const int64_t blocks = x.blocks(cols);
+      multiply_int8<kCount>(row, x.negative_sum + token * blocks + b, blocks, begin, end, sums);
     } else {
-      multiply_int4<kCount>(x, group_sums, sums_stride, begin, end, sums);
+      const int64_t stride = 2 * steps_;
+      multiply_int4<kCount>(row, x.group_sums + token * stride, stride, begin, end, sums);
     }
   }
 
@@ -101,7 +100,7 @@ class UnpackedSide {
                                int64_t begin, int64_t end, Vec* sums) const {
     Words total[kCount], offset[kCount];
     for (int t = 0; t < kCount; ++t) total[t] = offset[t] = zero();
-    for (int64_t step = begin; step < end; ++step, x.codes += x.step, group_sums += 2) {
+    for (int64_t step = begin; step < end; ++step, x.codes += x.step) {
 #pragma GCC unroll 2
       for (int g = 0; g < 2; ++g) {
         Words words[kCount];
@@ -112,7 +111,7 @@ class UnpackedSide {
       const Words min = Words::load(mins(step));
       for (int t = 0; t < kCount; ++t) {
         int32_t pair;
-        memcpy(&pair, group_sums + t * sums_stride, sizeof pair);
+        memcpy(&pair, group_sums + t * sums_stride + 2 * step, sizeof pair);
         offset[t].add_pairs(min, in_all(pair));
       }
     }
@@ -237,7 +236,7 @@ class UnpackedSide {
     }
   }
 
-  /// Of an Int4Symmetric group: a block of 1024 columns stays below 32 * 2 * 30480 * 1023 < 2^31.
+  /// Of an Int4Symmetric group, as an integer.
   static constexpr float kMostScale = 1023.0f;
 
   char* memory_;
@@ -258,33 +257,40 @@ class UnpackedPair {
   }
   QN_INLINE const Vec* scale() const { return scale_; }
 
-  /// The results of kCount consecutive tokens of one tile; each(step) is called on the way.
-  template <int kCount, class Sink, class EachStep>
-  QN_INLINE void multiply(const FoldedActivations& x, int64_t cols, int64_t token,
-                          const GroupSums& group_sums, Sink& sink, EachStep&& each) const {
+  /// The results of up to 32 tokens; a block of columns of one side stays in L1 while they pass.
+  /// each(step) is called on the way.
+  template <class Sink, class EachStep>
+  QN_INLINE void multiply(const FoldedActivations& x, int64_t cols, int64_t first, int64_t last,
+                          Sink& sink, EachStep&& each) const {
     const int64_t steps = folded_cols(cols) / kFoldedTileCols;
     const int64_t blocks = x.blocks(cols), steps_per_block = x.block_cols / kFoldedTileCols;
-    const float* const x_scale = x.scale + token * blocks;
-    const FoldedRow row = folded_row(x, cols, token);
-    Vec y[2][kCount];
+    alignas(64) float totals[2][32][Vec::kLanes];
     for (int64_t b = 0, begin = 0; b < blocks; ++b, begin += steps_per_block) {
       const int64_t end = begin + steps_per_block < steps ? begin + steps_per_block : steps;
-      for (int64_t step = begin; step < end; ++step) each(step);
-      const FoldedRow x_block{row.codes + begin * row.step, row.step};
+      int64_t called = begin;
       for (int s = 0; s < 2; ++s) {
-        Vec sums[kCount];
-        side_[s].template multiply<kCount>(x_block, group_sums.at(token, begin), group_sums.stride,
-                                           x.negative_sum + token * blocks + b, blocks, begin, end,
-                                           sums);
-        for (int t = 0; t < kCount; ++t) {
-          const Vec factor(x_scale[t * blocks + b]);
-          y[s][t] = b == 0 ? sums[t] * factor : fma(sums[t], factor, y[s][t]);
-        }
+        const auto some = [&]<int kCount>(int64_t token) {
+          const int64_t done = s * (last - first) + token - first;
+          for (; (called - begin) * 2 * (last - first) < (end - begin) * done; ++called) {
+            each(called);
+          }
+          Vec sums[kCount];
+          side_[s].template multiply<kCount>(x, cols, token, b, begin, end, sums);
+          for (int t = 0; t < kCount; ++t) {
+            const Vec factor(x.scale[(token + t) * blocks + b]);
+            float* const total = totals[s][token + t - first];
+            const Vec y = b == 0 ? sums[t] * factor : fma(sums[t], factor, Vec::load(total));
+            y.store(total);
+            if (s == 0 || b + 1 < blocks) continue;
+            const Vec both[2] = {Vec::load(totals[0][token + t - first]), y};
+            sink.row(token + t, both);
+          }
+        };
+        int64_t token = first;
+        for (; token + 4 <= last; token += 4) some.template operator()<4>(token);
+        for (; token < last; ++token) some.template operator()<1>(token);
       }
-    }
-    for (int t = 0; t < kCount; ++t) {
-      const Vec of_token[2] = {y[0][t], y[1][t]};
-      sink.row(token + t, of_token);
+      for (; called < end; ++called) each(called);
     }
   }
 

@@ -12,13 +12,15 @@ void fold_activations(const FoldActivationsArgs& a, int64_t begin, int64_t end) 
   const int64_t blocks = a.out.blocks(a.cols);
   for (int64_t token = begin; token < end; ++token) {
     FoldedRow row = folded_row(a.out, a.cols, token);
+    int16_t* const group_sums = a.out.group_sums + token * folded_cols(a.cols) / kGroupSize;
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t column = block * a.out.block_cols;
       const auto within = [&](int64_t cols) {
         return cols - column < a.out.block_cols ? cols - column : a.out.block_cols;
       };
       const FoldedBlock folded = fold_block(a.x + token * a.x_stride + column, Vec::kLanes,
-                                            within(a.cols), within(folded_cols(a.cols)), row);
+                                            within(a.cols), within(folded_cols(a.cols)), row,
+                                            group_sums + column / kGroupSize);
       const int64_t at = token * blocks + block;
       a.out.scale[at] = folded.scale;
       a.out.negative_sum[at] = folded.negative_sum;

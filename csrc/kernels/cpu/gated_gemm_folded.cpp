@@ -59,8 +59,10 @@ class GatedSink {
     for (int64_t token = begin; token < end; ++token) {
       FoldedRow row = folded_row(a_.out, a_.rows, token);
       row.codes += column / kFoldedTileCols * row.step;
+      int16_t* const group_sums =
+          a_.out.group_sums + (token * folded_cols(a_.rows) + column) / kGroupSize;
       const FoldedBlock folded =
-          fold_block(tokens_ + token * kHalfPanelRows, stride_, valid_, padded, row);
+          fold_block(tokens_ + token * kHalfPanelRows, stride_, valid_, padded, row, group_sums);
       const int64_t at = token * a_.out.blocks(a_.rows) + block_;
       a_.out.scale[at] = folded.scale;
       a_.out.negative_sum[at] = folded.negative_sum;

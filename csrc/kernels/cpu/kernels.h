@@ -44,11 +44,10 @@ constexpr int64_t folded_residents(int64_t cols, int64_t tokens) {
 }
 /// The level avx2 takes two bytes for an int8 weight.
 constexpr int64_t folded_pair_bytes(int64_t cols) { return 2 * kPanelRows * folded_cols(cols); }
-/// Sums, totals and the list of pairs; the pairs; sums over 32 columns of 32 tokens.
+/// Sums, totals and the list of pairs.
 constexpr int64_t kFoldedStagingBytes = 8192 + kFoldedPairs * (192 + 4096);
 constexpr int64_t gemm_folded_scratch(int64_t cols, int64_t tokens) {
-  return kFoldedStagingBytes + folded_residents(cols, tokens) * folded_pair_bytes(cols) +
-         2 * kTokenTile * folded_cols(cols) / kGroupSize * 2;
+  return kFoldedStagingBytes + folded_residents(cols, tokens) * folded_pair_bytes(cols);
 }
 /// The same and the results of a unit of work: tokens whose results are held, floats between two
 /// halves of a panel, bytes in all.

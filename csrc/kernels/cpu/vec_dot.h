@@ -208,6 +208,17 @@ QN_INLINE Vec load_bytes(const uint8_t* p) {
           _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8)))};
 }
 
+/// Of 32 codes.
+QN_INLINE int16_t sum_of_codes(const int8_t* codes) {
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+  const __m256i words = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
+  const __m256i dwords = _mm256_madd_epi16(words, _mm256_set1_epi16(1));
+  __m128i four = _mm_add_epi32(_mm256_castsi256_si128(dwords), _mm256_extracti128_si256(dwords, 1));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+  four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0xB1));
+  return static_cast<int16_t>(_mm_cvtsi128_si32(four));
+}
+
 struct LargestMagnitude {
   __m256i largest = _mm256_setzero_si256();
   QN_INLINE void add(Vec x) {

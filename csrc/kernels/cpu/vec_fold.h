@@ -15,9 +15,10 @@ struct FoldedBlock {
 };
 
 /// The columns [0, valid), and zeros up to `padded` (whole tiles). Sixteen columns of x lie
-/// together, x_stride floats apart; the codes go to out.codes, the next 64 to out.codes + out.step.
+/// together, x_stride floats apart; the codes go to out.codes, the next 64 to out.codes + out.step,
+/// and, at the level avx2, their sums to group_sums.
 QN_INLINE FoldedBlock fold_block(const float* x, int64_t x_stride, int64_t valid, int64_t padded,
-                                 FoldedRow out) {
+                                 FoldedRow out, [[maybe_unused]] int16_t* group_sums) {
   const auto load = [&](int64_t c) {
     const float* sixteen = x + c / Vec::kLanes * x_stride;
     const int64_t left = valid - c;
@@ -33,6 +34,7 @@ QN_INLINE FoldedBlock fold_block(const float* x, int64_t x_stride, int64_t valid
   };
   if (!scale.finite) {
     for (int64_t c = 0; c < padded; c += kFoldedTileCols) memset(codes(c), 0, kFoldedTileCols);
+    if (QN_ISA_LEVEL == 1) memset(group_sums, 0, padded / kGroupSize * sizeof *group_sums);
     return {scale.scale, 0};
   }
   const Vec inverse(scale.inverse);
@@ -41,6 +43,11 @@ QN_INLINE FoldedBlock fold_block(const float* x, int64_t x_stride, int64_t valid
     Vec scaled[4];
     for (int i = 0; i < 4; ++i) scaled[i] = load(c + i * Vec::kLanes) * inverse;
     store.store(scaled, codes(c));
+#if QN_ISA_LEVEL == 1
+    for (int i = 0; i < 2; ++i, ++group_sums) {
+      *group_sums = sum_of_codes(codes(c) + i * kGroupSize);
+    }
+#endif
   }
   return {scale.scale, -store.sum()};
 }

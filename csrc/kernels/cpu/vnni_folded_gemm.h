@@ -5,9 +5,6 @@
 
 namespace qn::cpu::QN_ISA {
 
-/// Tokens whose products share the loads of weights.
-constexpr int kTokensTogether = 8;
-
 /// A pair as unsigned weights, in tiles.
 class UnpackedPair {
  public:
@@ -33,10 +30,34 @@ class UnpackedPair {
   }
   QN_INLINE const Vec* scale() const { return scale_; }
 
-  /// The results of kCount consecutive tokens of one tile; each(step) is called on the way.
+  /// The results of up to 32 tokens; each(step) is called on the way.
+  template <class Sink, class EachStep>
+  QN_INLINE void multiply(const FoldedActivations& x, int64_t cols, int64_t first, int64_t last,
+                          Sink& sink, EachStep&& each) const {
+    multiply_by<8>(x, cols, first, last, sink, each);
+  }
+
+ private:
   template <int kCount, class Sink, class EachStep>
-  QN_INLINE void multiply(const FoldedActivations& x, int64_t cols, int64_t token,
-                          const GroupSums&, Sink& sink, EachStep&& each) const {
+  QN_INLINE void multiply_by(const FoldedActivations& x, int64_t cols, int64_t token, int64_t last,
+                             Sink& sink, EachStep&& each) const {
+    const int64_t first = token;
+    for (; token + kCount <= last; token += kCount) {
+      if (token == first) {
+        multiply_tokens<kCount>(x, cols, token, sink, each);
+      } else {
+        multiply_tokens<kCount>(x, cols, token, sink, [](int64_t) {});
+      }
+    }
+    if constexpr (kCount > 1) {
+      if (token < last) multiply_by<kCount / 2>(x, cols, token, last, sink, [](int64_t) {});
+    }
+  }
+
+  /// kCount consecutive tokens of one tile.
+  template <int kCount, class Sink, class EachStep>
+  QN_INLINE void multiply_tokens(const FoldedActivations& x, int64_t cols, int64_t token,
+                                 Sink& sink, EachStep&& each) const {
     const int64_t steps = folded_cols(cols) / kFoldedTileCols;
     const int64_t blocks = x.blocks(cols), steps_per_block = x.block_cols / kFoldedTileCols;
     const float* const x_scale = x.scale + token * blocks;
@@ -77,7 +98,6 @@ class UnpackedPair {
     for (int t = 0; t < kCount; ++t) sink.row(token + t, y[t]);
   }
 
- private:
   const int8_t* tiles_;
   Vec scale_[2];
 };
