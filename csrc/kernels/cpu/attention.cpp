@@ -293,7 +293,7 @@ struct PartResults {
 };
 
 /// c[r][0 .. 16 V) (+)= sum over i of a[r][i] * b[i][0 .. 16 V), i ascending. b_stride counts
-/// columns; the rows of a bf16 b come in interleaved pairs.
+/// columns; the rows of a bf16 or int8 b come in interleaved pairs.
 template <typename T, int V, int R>
 QN_INLINE void multiply_rows(const float* a, int64_t a_stride, const T* b, int64_t b_stride,
                              int64_t n, float* c, int64_t c_stride, bool accumulate) {
@@ -306,7 +306,7 @@ QN_INLINE void multiply_rows(const float* a, int64_t a_stride, const T* b, int64
   for (int64_t i = 0; i < n; i += 2) {
     Vec even[V], odd[V];
     for (int v = 0; v < V; ++v) {
-      if constexpr (sizeof(T) == 2) {
+      if constexpr (sizeof(T) < 4) {
         load_pairs(b + i * b_stride + 2 * v * Vec::kLanes, even[v], odd[v]);
       } else {
         even[v] = Vec::load(b + i * b_stride + v * Vec::kLanes);
@@ -340,7 +340,32 @@ void multiply(int64_t rows, const float* a, int64_t a_stride, const T* b, int64_
   }
 }
 
-/// The path with fma.
+/// The same of one row, bit for bit, with enough sums at a time for none to wait for another: those
+/// of V Vecs of each of G matrices, whose results lie behind each other.
+template <typename T, int G, int V>
+QN_INLINE void multiply_one_row(const float* a, const T* const* b, int64_t b_stride, int64_t n,
+                                float* c, bool accumulate) {
+  constexpr int kPairs = sizeof(T) < 4 ? 2 : 1;
+  Vec acc[G * V];
+  for (int v = 0; v < G * V; ++v) acc[v] = accumulate ? Vec::load(c + v * Vec::kLanes) : Vec::zero();
+  for (int64_t i = 0; i < n; i += kPairs) {
+#pragma GCC unroll 8
+    for (int v = 0; v < G * V; ++v) {
+      const T* const at = b[v / V] + i * b_stride + kPairs * (v % V) * Vec::kLanes;
+      if constexpr (kPairs == 2) {
+        Vec even, odd;
+        load_pairs(at, even, odd);
+        acc[v] = fma(Vec(a[i + 1]), odd, fma(Vec(a[i]), even, acc[v]));
+      } else {
+        acc[v] = fma(Vec(a[i]), Vec::load(at), acc[v]);
+      }
+    }
+  }
+  for (int v = 0; v < G * V; ++v) acc[v].store(c + v * Vec::kLanes);
+}
+
+/// The path with fma. T: f32 or bf16 pages; int8 ones are widened to bf16 for many rows, and
+/// for few in registers.
 template <typename T>
 struct VecPath {
   static void load_query(const float* q, Vec scale, int64_t head_dim, int row, const AttentionItem&,
@@ -352,17 +377,17 @@ struct VecPath {
   static void run(const AttentionArgs& a, const AttentionItem& item, Scratch& s,
                   const PartResults& results) {
     const BlockRange range = blocks_of(item, s);
-    const bool int8 = a.kv.dtype == DType::I8;
+    const bool int8 = a.kv.dtype == DType::I8, few = item.rows <= kRowBlock;
     Softmax& softmax = s.softmax[0];
     for (int64_t index = range.begin; index < range.end; ++index) {
       Block block = locate(a, item, s, range, index);
-      if (int8) {
+      if (int8 && !few) {
         widen(kGroup * key_dims(a.kv), block.groups, block.keys, s.keys);
         widen(kGroup * a.kv.head_dim, block.groups, block.values, s.values);
       }
       if (block.starts_part) start_part(softmax, item.rows);
       start_block(softmax, item.rows);
-      multiply_keys(a, item, block, s);
+      int8 && few ? multiply_keys<int8_t>(a, item, block, s) : multiply_keys<T>(a, item, block, s);
       for (int r = 0; r < item.rows; ++r) {
         float* scores = s.scores[0] + r * kScoreStride;
         scale_row(block, s.scale[r], scores);
@@ -373,7 +398,9 @@ struct VecPath {
       if (!block.starts_part) {
         rescale_rows(softmax, item.rows, a.kv.head_dim, results.out(block));
       }
-      multiply_values(a, item, block, s, results.out(block));
+      float* const out = results.out(block);
+      int8 && few ? multiply_values<int8_t>(a, item, block, s, out)
+                  : multiply_values<T>(a, item, block, s, out);
       if (block.ends_part) results.finish(block, softmax);
     }
   }
@@ -383,7 +410,11 @@ struct VecPath {
   static void widen(int64_t codes, int groups, const char** block, bf16* wide) {
     for (int g = 0; g < groups; ++g, wide += codes) {
       const int8_t* const group = reinterpret_cast<const int8_t*>(block[g]);
-      for (int64_t i = 0; i < codes; i += Vec::kLanes) Vec::load(group + i).store(wide + i);
+      for (int64_t i = 0; i < codes; i += 2 * Vec::kLanes) {
+        Vec even, odd;
+        load_pairs(group + i, even, odd);
+        store_exact_pairs(wide + i, even, odd);
+      }
       block[g] = reinterpret_cast<const char*>(wide);
     }
   }
@@ -397,34 +428,52 @@ struct VecPath {
   }
 
   static constexpr int kStep = kVecs * Vec::kLanes;
-  static constexpr int kInterleave = sizeof(T) == 2 ? 2 : 1;
+  static constexpr int kSums = QN_ISA_LEVEL >= 2 ? 8 : 4;  // Vecs of one row in registers
 
+  template <typename U>
   static void multiply_keys(const AttentionArgs& a, const AttentionItem& item, const Block& block,
                             Scratch& s) {
-    for (int g = 0; g < block.groups; ++g) {
-      const T* keys = reinterpret_cast<const T*>(block.keys[g]);
+    constexpr int kInterleave = sizeof(U) < 4 ? 2 : 1, kVecsOfGroup = kGroup / Vec::kLanes;
+    const U* keys[kGroups];
+    for (int g = 0; g < block.groups; ++g) keys[g] = reinterpret_cast<const U*>(block.keys[g]);
+    int g = 0;
+    if (item.rows == 1) {
+      constexpr int kTogether = kSums / kVecsOfGroup;
+      for (; g + kTogether <= block.groups; g += kTogether) {
+        multiply_one_row<U, kTogether, kVecsOfGroup>(s.query, keys + g, key_stride(a.kv),
+                                                     a.kv.head_dim, s.scores[0] + g * kGroup,
+                                                     false);
+      }
+    }
+    for (; g < block.groups; ++g) {
       for (int key = 0; key < kGroup; key += kStep) {
-        multiply<T, kVecs>(item.rows, s.query, a.kv.head_dim, keys + key * kInterleave,
+        multiply<U, kVecs>(item.rows, s.query, a.kv.head_dim, keys[g] + key * kInterleave,
                            key_stride(a.kv), a.kv.head_dim, s.scores[0] + g * kGroup + key,
                            kScoreStride, false);
       }
     }
   }
 
+  template <typename U>
   static void multiply_values(const AttentionArgs& a, const AttentionItem& item, const Block& block,
                               const Scratch& s, float* out) {
+    constexpr int kInterleave = sizeof(U) < 4 ? 2 : 1, kMost = kSums * Vec::kLanes;
     const int64_t head_dim = a.kv.head_dim;
     for (int g = 0; g < block.groups; ++g) {
-      const T* values = reinterpret_cast<const T*>(block.values[g]);
+      const U* values = reinterpret_cast<const U*>(block.values[g]);
       const float* probs = s.scores[0] + g * kGroup;
       const bool accumulate = g > 0 || !block.starts_part;
       int64_t dim = 0;
+      for (; item.rows == 1 && dim + kMost <= head_dim; dim += kMost) {
+        const U* const columns = values + dim * kInterleave;
+        multiply_one_row<U, 1, kSums>(probs, &columns, head_dim, kGroup, out + dim, accumulate);
+      }
       for (; dim + kStep <= head_dim; dim += kStep) {
-        multiply<T, kVecs>(item.rows, probs, kScoreStride, values + dim * kInterleave, head_dim,
+        multiply<U, kVecs>(item.rows, probs, kScoreStride, values + dim * kInterleave, head_dim,
                            kGroup, out + dim, head_dim, accumulate);
       }
       for (; dim < head_dim; dim += Vec::kLanes) {
-        multiply<T, 1>(item.rows, probs, kScoreStride, values + dim * kInterleave, head_dim, kGroup,
+        multiply<U, 1>(item.rows, probs, kScoreStride, values + dim * kInterleave, head_dim, kGroup,
                        out + dim, head_dim, accumulate);
       }
     }

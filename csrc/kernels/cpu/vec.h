@@ -12,7 +12,7 @@
 //   abs(a), select_less(a, b, x, y)   lanes of x where a < b, else of y
 //   load_half(p), store_half(p, a)    sixteen IEEE binary16 (as uint16_t), to nearest even
 //   sum(a), max(a)             over the lanes
-//   load_pairs(p, even, odd)   of 32 bf16
+//   load_pairs(p, even, odd)   of 32 bf16 or int8; store_exact_pairs(p, even, odd) to bf16
 //   any_above(a, b)            whether some lane of a is not <= b, NaN included
 //   exp2(a)                    <= 3 ulp on [-126, 127.9], exact for whole numbers; below gives 0;
 //                              NaN stays NaN

@@ -83,6 +83,28 @@ QN_INLINE void load_pairs(const bf16* p, Vec& even, Vec& odd) {
          _mm256_castsi256_ps(_mm256_and_si256(hi, upper))};
 }
 
+QN_INLINE void load_pairs(const int8_t* p, Vec& even, Vec& odd) {
+  const auto widen = [](const int8_t* eight, __m256& low, __m256& high) {
+    const __m256i pairs =
+        _mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(eight)));
+    low = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(pairs, 24), 24));
+    high = _mm256_cvtepi32_ps(_mm256_srai_epi32(pairs, 8));
+  };
+  widen(p, even.lo, odd.lo);
+  widen(p + 16, even.hi, odd.hi);
+}
+
+/// The other way round, for numbers that bf16 holds exactly.
+QN_INLINE void store_exact_pairs(bf16* p, Vec even, Vec odd) {
+  const auto join = [](bf16* sixteen, __m256 low, __m256 high) {
+    const __m256i shifted = _mm256_srli_epi32(_mm256_castps_si256(low), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(sixteen),
+                        _mm256_blend_epi16(shifted, _mm256_castps_si256(high), 0xAA));
+  };
+  join(p, even.lo, odd.lo);
+  join(p + 16, even.hi, odd.hi);
+}
+
 QN_INLINE Vec operator+(Vec a, Vec b) {
   return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
 }

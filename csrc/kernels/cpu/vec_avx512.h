@@ -58,6 +58,19 @@ QN_INLINE void load_pairs(const bf16* p, Vec& even, Vec& odd) {
   odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-65536)));
 }
 
+QN_INLINE void load_pairs(const int8_t* p, Vec& even, Vec& odd) {
+  const __m512i pairs =
+      _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 24), 24));
+  odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(pairs, 8));
+}
+
+/// The other way round, for numbers that bf16 holds exactly.
+QN_INLINE void store_exact_pairs(bf16* p, Vec even, Vec odd) {
+  const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even.v), 16);
+  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xAAAAAAAAu, low, _mm512_castps_si512(odd.v)));
+}
+
 QN_INLINE Vec operator+(Vec a, Vec b) { return _mm512_add_ps(a.v, b.v); }
 QN_INLINE Vec operator-(Vec a, Vec b) { return _mm512_sub_ps(a.v, b.v); }
 QN_INLINE Vec operator*(Vec a, Vec b) { return _mm512_mul_ps(a.v, b.v); }

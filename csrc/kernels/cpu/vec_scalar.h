@@ -50,6 +50,21 @@ QN_INLINE void load_pairs(const bf16* p, Vec& even, Vec& odd) {
   }
 }
 
+QN_INLINE void load_pairs(const int8_t* p, Vec& even, Vec& odd) {
+  for (int i = 0; i < Vec::kLanes; ++i) {
+    even.lane[i] = p[2 * i];
+    odd.lane[i] = p[2 * i + 1];
+  }
+}
+
+/// The other way round, for numbers that bf16 holds exactly.
+QN_INLINE void store_exact_pairs(bf16* p, Vec even, Vec odd) {
+  for (int i = 0; i < Vec::kLanes; ++i) {
+    p[2 * i] = math::QN_ISA::float_to_bf16(even.lane[i]);
+    p[2 * i + 1] = math::QN_ISA::float_to_bf16(odd.lane[i]);
+  }
+}
+
 #define QN_LANEWISE(expression)                                 \
   Vec r;                                                        \
   for (int i = 0; i < Vec::kLanes; ++i) r.lane[i] = expression; \
