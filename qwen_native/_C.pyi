@@ -16,6 +16,16 @@ def host_isa() -> str:
 def active_isa() -> str:
     """Return the level in use."""
 
+def memory_streams() -> int:
+    """Panels of weights that decoding walks side by side: 2 on AMD's processors, else 4."""
+
+def set_memory_streams(count: int) -> None:
+    """For tests and measurements; changes no result.
+
+    Raises:
+        ValueError: `count` is neither 2 nor 4.
+    """
+
 def set_isa(name: str) -> None:
     """Switch the process to a level; not while ops run."""
 

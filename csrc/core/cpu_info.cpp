@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <fstream>
@@ -81,6 +82,16 @@ int count_cores(const cpu_set_t& affinity) {
   return std::max<int>(1, static_cast<int>(cores.size()));
 }
 
+std::atomic<int>& streams() {
+  static std::atomic<int> count = [] {
+    const CpuidLeaf vendor = cpuid(0, 0);  // "AuthenticAMD" in ebx, edx, ecx
+    const bool amd =
+        vendor.ebx == 0x68747541 && vendor.edx == 0x69746e65 && vendor.ecx == 0x444d4163;
+    return amd ? 2 : 4;
+  }();
+  return count;
+}
+
 }  // namespace
 
 const char* isa_name(Isa isa) { return kIsaNames[static_cast<int>(isa)]; }
@@ -95,6 +106,13 @@ Isa isa_from_name(const std::string& name) {
 Isa host_isa() {
   static const Isa isa = detect();
   return isa;
+}
+
+int memory_streams() { return streams().load(std::memory_order_relaxed); }
+
+void set_memory_streams(int count) {
+  QN_CHECK(count == 2 || count == 4, "[streams] count is ", count, ", expected 2 or 4");
+  streams().store(count, std::memory_order_relaxed);
 }
 
 ThreadBudget thread_budget() {

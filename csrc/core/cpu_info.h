@@ -20,6 +20,14 @@ Isa isa_from_name(const std::string& name);
 /// once.
 Isa host_isa();
 
+/// Places of memory, 2 or 4, that one core reads in ascending order by turns the fastest. It
+/// depends on how the processor reads ahead: two on AMD's (Zen 4), four on Intel's (Sapphire
+/// Rapids).
+int memory_streams();
+
+/// For tests and measurements. Throws ArgumentError unless count is 2 or 4.
+void set_memory_streams(int count);
+
 /// How the number of threads was decided.
 struct ThreadBudget {
   int affinity;  // CPUs this process may run on

@@ -363,6 +363,7 @@ struct GemmQuantizedArgs {
   int64_t out_stride;  // elements between rows
   WeightFormat format;
   bool add;
+  int streams;  // panels that few tokens walk side by side, 2 or 4; changes no result
 };
 
 /// Activations as int8 with one scale per token and block of columns, for weights with one scale

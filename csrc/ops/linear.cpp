@@ -2,6 +2,7 @@
 #include <variant>
 #include <vector>
 
+#include "core/cpu_info.h"
 #include "kernels/cpu/dispatch.h"
 #include "ops/check.h"
 #include "ops/cuda.h"
@@ -175,6 +176,7 @@ Job make_job(const TensorView& out, const TensorView& x, const LinearSegment& se
   auto args = common_args<GemmQuantizedArgs>(out, segment, epilogue);
   args.x = inputs.quantized();
   args.format = format;
+  args.streams = memory_streams();
   return {Kernel<GemmQuantizedArgs>{
               format == WeightFormat::Int8Grouped ? kernels.gemm_int8_grouped : kernels.gemm_int4,
               args},

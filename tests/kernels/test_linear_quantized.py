@@ -132,6 +132,26 @@ def test_bits_do_not_depend_on_batch_or_threads(isa, rng, rows, cols, fmt):
         _C.set_op_threads(threads)
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_panels_side_by_side_change_nothing(isa, rng, fmt):
+    """Two or four, with runs of panels that leave a rest."""
+    before = _C.memory_streams()
+    results = {}
+    try:
+        for streams in (2, 4):
+            _C.set_memory_streams(streams)
+            generator = torch.Generator().manual_seed(5)
+            x, weight, bias = make(generator, fmt, 7, 11 * 32 + 5, 150)
+            results[streams] = [linear(x[:n], weight, bias) for n in range(1, 8)]
+            assert_contraction(results[streams][-1], *expected(x, weight, bias))
+    finally:
+        _C.set_memory_streams(before)
+    assert before in (2, 4)
+    assert all(torch.equal(a, b) for a, b in zip(results[2], results[4], strict=True))
+    with pytest.raises(ValueError, match=r"count is 3, expected 2 or 4"):
+        _C.set_memory_streams(3)
+
+
 def test_int8_bits_with_more_panels_than_stay_in_l2(isa, rng):
     """Several passes over the tokens and over the columns; single tokens take another kernel."""
     x, weight, bias = make(rng, "int8", 70, 500, 4100)  # 16 panels, of which 7 fit

@@ -347,7 +347,8 @@ QN_INLINE void multiply_one_row(const float* a, const T* const* b, int64_t b_str
                                 float* c, bool accumulate) {
   constexpr int kPairs = sizeof(T) < 4 ? 2 : 1;
   Vec acc[G * V];
-  for (int v = 0; v < G * V; ++v) acc[v] = accumulate ? Vec::load(c + v * Vec::kLanes) : Vec::zero();
+  for (int v = 0; v < G * V; ++v)
+    acc[v] = accumulate ? Vec::load(c + v * Vec::kLanes) : Vec::zero();
   for (int64_t i = 0; i < n; i += kPairs) {
 #pragma GCC unroll 8
     for (int v = 0; v < G * V; ++v) {
@@ -387,7 +388,7 @@ struct VecPath {
       }
       if (block.starts_part) start_part(softmax, item.rows);
       start_block(softmax, item.rows);
-      int8 && few ? multiply_keys<int8_t>(a, item, block, s) : multiply_keys<T>(a, item, block, s);
+      int8&& few ? multiply_keys<int8_t>(a, item, block, s) : multiply_keys<T>(a, item, block, s);
       for (int r = 0; r < item.rows; ++r) {
         float* scores = s.scores[0] + r * kScoreStride;
         scale_row(block, s.scale[r], scores);
@@ -399,8 +400,8 @@ struct VecPath {
         rescale_rows(softmax, item.rows, a.kv.head_dim, results.out(block));
       }
       float* const out = results.out(block);
-      int8 && few ? multiply_values<int8_t>(a, item, block, s, out)
-                  : multiply_values<T>(a, item, block, s, out);
+      int8&& few ? multiply_values<int8_t>(a, item, block, s, out)
+                 : multiply_values<T>(a, item, block, s, out);
       if (block.ends_part) results.finish(block, softmax);
     }
   }
@@ -440,9 +441,8 @@ struct VecPath {
     if (item.rows == 1) {
       constexpr int kTogether = kSums / kVecsOfGroup;
       for (; g + kTogether <= block.groups; g += kTogether) {
-        multiply_one_row<U, kTogether, kVecsOfGroup>(s.query, keys + g, key_stride(a.kv),
-                                                     a.kv.head_dim, s.scores[0] + g * kGroup,
-                                                     false);
+        multiply_one_row<U, kTogether, kVecsOfGroup>(
+            s.query, keys + g, key_stride(a.kv), a.kv.head_dim, s.scores[0] + g * kGroup, false);
       }
     }
     for (; g < block.groups; ++g) {

@@ -1,14 +1,17 @@
-// Products of the folded GEMMs with vpmaddubsw: four tokens times sixteen rows in eight registers of
-// 16-bit sums. Level avx2 only.
+// Products of the folded GEMMs with vpmaddubsw: four tokens times sixteen rows in eight registers
+// of 16-bit sums. Level avx2 only.
 //
-//   4 bits  codes of a group are added up in 16 bits, as in GroupSum<4>, and vpmaddwd widens them and
-//           multiplies by the group's scale, an integer, so that a block of columns needs no floats:
-//             sum = factor * (sum of scale * (sum of code * x)) - offset factor * (sum of min * (sum of x))
+//   4 bits  codes of a group are added up in 16 bits, as in GroupSum<4>, and vpmaddwd widens them
+//   and
+//           multiplies by the group's scale, an integer, so that a block of columns needs no
+//           floats:
+//             sum = factor * (sum of scale * (sum of code * x)) - offset factor * (sum of min *
+//             (sum of x))
 //           Int4Symmetric has scale = round(its scale / row factor), min = 8 * scale
 //   Int8    code + 128 = 16 * high + low, each as 4-bit codes; exact
 //
-// Ranges: 8 * 2 * 15 * 127 = 30480 in 16 bits; a block of 1024 columns has 32 groups, whose sums in 32
-// bits stay below 32 * 2 * 30480 * 1023 < 2^31.
+// Ranges: 8 * 2 * 15 * 127 = 30480 in 16 bits; a block of 1024 columns has 32 groups, whose sums in
+// 32 bits stay below 32 * 2 * 30480 * 1023 < 2^31.
 #pragma once
 #include "kernels/cpu/folded_gemm.h"
 
@@ -143,14 +146,12 @@ class UnpackedSide {
 
   // 4 bits: codes [group][8][16][4], scales [group][16][2 x the same], mins [step][16][2 groups]
   QN_INLINE char* codes(int64_t group) const { return memory_ + 512 * group; }
-  QN_INLINE char* scales(int64_t group) const {
-    return memory_ + 1024 * steps_ + 64 * group;
-  }
+  QN_INLINE char* scales(int64_t group) const { return memory_ + 1024 * steps_ + 64 * group; }
   QN_INLINE char* mins(int64_t step) const { return memory_ + (1024 + 128) * steps_ + 64 * step; }
 
   QN_INLINE void unpack_codes(const HalfPanel& half, int64_t group) {
-    const uint8_t* const from = half.packed + sizeof(PanelHeader) + group * kInt4BlockBytes +
-                                kScaleBytes + 256 * half.half;
+    const uint8_t* const from =
+        half.packed + sizeof(PanelHeader) + group * kInt4BlockBytes + kScaleBytes + 256 * half.half;
     for (int i = 0; i < 4; ++i) {
       const Codes both = Codes::load(from + 64 * i);
       const Codes low = both.low(), high = both.high();

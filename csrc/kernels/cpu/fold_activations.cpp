@@ -18,9 +18,9 @@ void fold_activations(const FoldActivationsArgs& a, int64_t begin, int64_t end) 
       const auto within = [&](int64_t cols) {
         return cols - column < a.out.block_cols ? cols - column : a.out.block_cols;
       };
-      const FoldedBlock folded = fold_block(a.x + token * a.x_stride + column, Vec::kLanes,
-                                            within(a.cols), within(folded_cols(a.cols)), row,
-                                            group_sums + column / kGroupSize);
+      const FoldedBlock folded =
+          fold_block(a.x + token * a.x_stride + column, Vec::kLanes, within(a.cols),
+                     within(folded_cols(a.cols)), row, group_sums + column / kGroupSize);
       const int64_t at = token * blocks + block;
       a.out.scale[at] = folded.scale;
       a.out.negative_sum[at] = folded.negative_sum;

@@ -121,7 +121,8 @@ QN_INLINE void unpack_int4(const HalfPanel& half, int64_t groups, int8_t* out) {
 QN_INLINE void unpack_int4_symmetric(const HalfPanel& half, int64_t groups, int8_t* out) {
   const int first = half.half * static_cast<int>(kHalfPanelRows);
   const __m512 inverse = _mm512_mul_ps(inverse_or_zero(scale_of(half)), _mm512_set1_ps(128.0f));
-  const __m512i nibble = _mm512_set1_epi16(15), rounding = _mm512_set1_epi32(128 * kWeightOffset + 64);
+  const __m512i nibble = _mm512_set1_epi16(15),
+                rounding = _mm512_set1_epi32(128 * kWeightOffset + 64);
   for (int64_t g = 0; g < groups; ++g) {
     const uint8_t* block = half.packed + sizeof(PanelHeader) + g * kInt4BlockBytes;
     const uint8_t* codes = block + kScaleBytes + 256 * half.half;

@@ -13,10 +13,10 @@
 // The sums are exact and every element sees the same float operations in the same order whatever
 // the number of tokens, so its bits do not depend on the batch. (Int4 is centred like that because
 // sums of uncentred codes and of mins are large and nearly cancel.) Tokens go through registers
-// kTokens at a time while a panel stays in L1 or L2. Few tokens walk kStreams panels at once, a
+// kTokens at a time while a panel stays in L1 or L2. Few tokens walk two or four panels at once, a
 // single one a cache line of each in turn: one sequential stream per core does not fill the queue
-// of outstanding cache misses. Weights are prefetched 4 KB ahead, also over the end of a panel into
-// the next one.
+// of outstanding cache misses. Weights are prefetched 2 or 4 KB ahead, also over the end of a panel
+// into the next one.
 #pragma once
 #include "kernels/cpu/vec_dot.h"
 
@@ -45,7 +45,8 @@ struct Int4Panel {
 
 constexpr bool kManyRegisters = QN_ISA_LEVEL >= 2;
 constexpr int kTokensPerBlock = QN_ISA_LEVEL == 1 ? 4 : 8;
-constexpr int64_t kPrefetchBytes = 4032;
+/// With four panels side by side, and with two.
+constexpr int64_t kPrefetchBytes = 4032, kPrefetchBytesOfTwo = 2048;
 
 /// Of the weights of a group of sixteen rows whose code is 8; scale and min as stored.
 QN_INLINE Vec int4_offset(Vec scale, Vec min, const PanelHeader* header, int half) {
@@ -74,7 +75,7 @@ QN_INLINE void add_codes(const uint8_t* codes, const int8_t* x, int i, GroupSum<
 
 /// The results of kTokens consecutive tokens of one activation block with the panels first, first +
 /// step, ...
-template <class Format, int kPanels, int kTokens>
+template <class Format, int kPanels, int kTokens, int64_t kAhead = kPrefetchBytes>
 QN_INLINE void gemm_block(const GemmQuantizedArgs& a, int64_t first, int64_t step, int64_t token) {
   const int64_t groups = group_count(a.cols);
   const int64_t panel_size = Format::kHeader + groups * Format::kBlock;
@@ -117,7 +118,7 @@ QN_INLINE void gemm_block(const GemmQuantizedArgs& a, int64_t first, int64_t ste
         for (int j = 0; j < kTogether; ++j) {
           const int p = (part + j) % kPanels, h = (part + j) / kPanels;
           const uint8_t* codes = block_of(p) + kScaleBytes + h * kHalfCodes + 64 * i;
-          __builtin_prefetch(codes + kPrefetchBytes, 0, 3);
+          __builtin_prefetch(codes + kAhead, 0, 3);
           add_codes<Format::kBits, kTokens>(codes, x, i, sums[j]);
         }
       }
@@ -125,7 +126,7 @@ QN_INLINE void gemm_block(const GemmQuantizedArgs& a, int64_t first, int64_t ste
       for (int j = 0; j < kTogether; ++j) {
         const int p = (part + j) % kPanels, h = (part + j) / kPanels;
         const uint8_t* block = block_of(p);
-        if (h == 0) __builtin_prefetch(block + kPrefetchBytes, 0, 3);
+        if (h == 0) __builtin_prefetch(block + kAhead, 0, 3);
         if constexpr (Format::kHasMin) {
           const Vec scale = load_bytes(block + 16 * h);
           const Vec offset = int4_offset(scale, load_bytes(block + 32 + 16 * h), header(p), h);
@@ -178,26 +179,32 @@ void gemm_tokens(const GemmQuantizedArgs& a, int64_t panel, int64_t token, int64
 
 /// Few tokens, in passes of up to four and nearly the same size: the panels are cut into kPanels
 /// runs that are walked side by side.
-template <class Format, int kPanels = kStreams>
+template <class Format, int kPanels, int64_t kAhead>
 void gemm_streams(const GemmQuantizedArgs& a, int64_t begin, int64_t end) {
   const int64_t run = (end - begin) / kPanels;
   for (int64_t panel = begin; panel < begin + run; ++panel) {
     int64_t passes = (a.x.tokens + 3) / 4;
     for (int64_t token = 0, count; token < a.x.tokens; token += count, --passes) {
       count = (a.x.tokens - token + passes - 1) / passes;
-      if (count == 1) gemm_block<Format, kPanels, 1>(a, panel, run, token);
-      if (count == 2) gemm_block<Format, kPanels, 2>(a, panel, run, token);
-      if (count == 3) gemm_block<Format, kPanels, 3>(a, panel, run, token);
-      if (count == 4) gemm_block<Format, kPanels, 4>(a, panel, run, token);
+      if (count == 1) gemm_block<Format, kPanels, 1, kAhead>(a, panel, run, token);
+      if (count == 2) gemm_block<Format, kPanels, 2, kAhead>(a, panel, run, token);
+      if (count == 3) gemm_block<Format, kPanels, 3, kAhead>(a, panel, run, token);
+      if (count == 4) gemm_block<Format, kPanels, 4, kAhead>(a, panel, run, token);
     }
   }
-  if constexpr (kPanels > 1) gemm_streams<Format, kPanels - 1>(a, begin + run * kPanels, end);
+  if constexpr (kPanels > 1)
+    gemm_streams<Format, kPanels - 1, kAhead>(a, begin + run * kPanels, end);
 }
 
 /// Panels [begin, end).
 template <class Format>
 void gemm_panels(const GemmQuantizedArgs& a, int64_t begin, int64_t end) {
-  if (a.x.tokens < kFewTokens) return gemm_streams<Format>(a, begin, end);
+  if (a.x.tokens < kFewTokens) {
+    if (kStreams > 2 && a.streams == 2) {
+      return gemm_streams<Format, 2, kPrefetchBytesOfTwo>(a, begin, end);
+    }
+    return gemm_streams<Format, kStreams, kPrefetchBytes>(a, begin, end);
+  }
   const int64_t row_bytes = group_count(a.cols) * kGroupSize;
   const int64_t fitting = kActivationBytesPerPass / (row_bytes * kTokenTile + 1);
   const int64_t pass = (fitting > 1 ? fitting : 1) * kTokenTile;
