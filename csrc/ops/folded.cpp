@@ -14,7 +14,7 @@ constexpr int64_t kMostChunkTokens = 1024;
 /// activations beside large ones (docs/NUMERICS.md).
 constexpr int64_t kInt8BlockCols = 512;
 
-/// From this many tokens on, tiles are faster than VNNI with Int8 weights.
+/// From this many tokens on, gemm_folded is faster than gemm_int8.
 constexpr int64_t kInt8TileTokens = 6;
 
 }  // namespace

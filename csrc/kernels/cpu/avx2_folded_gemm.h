@@ -1,13 +1,10 @@
 // Products of the folded GEMMs with vpmaddubsw: four tokens times sixteen rows in eight registers
 // of 16-bit sums. Level avx2 only.
 //
-//   4 bits  codes of a group are added up in 16 bits, as in GroupSum<4>, and vpmaddwd widens them
-//   and
-//           multiplies by the group's scale, an integer, so that a block of columns needs no
-//           floats:
-//             sum = factor * (sum of scale * (sum of code * x)) - offset factor * (sum of min *
-//             (sum of x))
-//           Int4Symmetric has scale = round(its scale / row factor), min = 8 * scale
+//   4 bits  sums of a group's codes times x in 16 bits, as in GroupSum<4>; vpmaddwd widens them and
+//           multiplies by the group's scale, an integer, so that no group needs floats:
+//             y = factor * (sum of scale * (sum of code * x)) - offset factor * (sum of min * x)
+//           Int4Symmetric has scale = round(its scale / the row's), min = 8 * scale
 //   Int8    code + 128 = 16 * high + low, each as 4-bit codes; exact
 //
 // Ranges: 8 * 2 * 15 * 127 = 30480 in 16 bits; a block of 1024 columns has 32 groups, whose sums in

@@ -1,9 +1,9 @@
-// GEMM on AMX tiles with whole columns of int32 sums (amx_folded_gemm.h): the fast path for many
-// tokens, out = x W^T (+ bias), or with `add` out += x W^T.
+// GEMM with whole columns of int32 sums (folded_gemm.h): the fast path for many tokens,
+// out = x W^T (+ bias), or with `add` out += x W^T.
 //
-//   weights: Int8, with the same bits as gemm_int8; or a 4-bit format, whose second rounding costs
-//   about 0.3 % of the result, and the coarser scales of x as much
-//   level: amx only
+//   weights: Int8, with the same bits as gemm_int8; or a 4-bit format, whose second rounding (not
+//   at the level avx2) costs about 0.3 % of the result, and the coarser scales of x as much
+//   levels: avx2, avx512, amx
 //   bytes per chunk of tokens: the weights once, tokens * cols once per folded_residents panels,
 //   4 * tokens * rows
 #include "kernels/cpu/kernels.h"

@@ -6,7 +6,7 @@
 //
 // The sums are exact (below 2^24 in magnitude, so their floats are, too), and every element sees
 // the same float operations in the same order whatever the number of tokens, at every level and in
-// gemm_folded, which takes over where tiles are faster. A panel passes kTokens tokens at a time;
+// gemm_folded, which takes over for more of them. A panel passes kTokens tokens at a time;
 // few tokens walk kStreams panels at once, as in vec_panel_gemm.h.
 //
 //   levels: all; bytes: the weights once per pass of kTokens tokens, from the cache after the first
