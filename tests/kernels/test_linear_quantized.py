@@ -179,6 +179,20 @@ def test_levels_with_fused_multiply_add_agree(rng, fmt):
     assert all(torch.equal(outs[0], out) for out in outs[1:])
 
 
+@pytest.mark.parametrize("fmt", ["int8", "int4_symmetric", "int4"])
+@pytest.mark.parametrize("tokens,rows,cols", [(8, 33, 75), (33, 70, 200), (70, 47, 2100)])
+def test_folded_tiles_and_vnni_agree(rng, tokens, rows, cols, fmt):
+    """Both round weights to the same int8 codes, and sums of integers are exact."""
+    if "amx" not in ops.available_isas():
+        pytest.skip("this host has no AMX")
+    x, weight, bias = make(rng, fmt, tokens, rows, cols)
+    outs = []
+    for level in ("avx512", "amx"):
+        ops.set_isa(level)
+        outs.append(linear(x, weight, bias, invariant=False))
+    assert torch.equal(*outs)
+
+
 def outlier_input(rng, tokens, cols):
     """Rows with a few elements a hundred times larger than the rest, and a row of zeros."""
     x = torch.randn((tokens, cols), generator=rng)

@@ -528,39 +528,34 @@ struct OneRow {
   /// is.
   template <DType kDType, int T, class At>
   static QN_INLINE void multiply(const float* a, const At& at, float* c, bool accumulate) {
-    __m512 even[T], odd[T];
+    Vec even[T], odd[T];
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) even[t] = odd[t] = _mm512_setzero_ps();
+    for (int t = 0; t < T; ++t) even[t] = odd[t] = Vec::zero();
     for (int i = 0; i < kDepth / 2; ++i) {
-      const __m512 a_even = _mm512_set1_ps(a[2 * i]), a_odd = _mm512_set1_ps(a[2 * i + 1]);
+      const Vec a_even(a[2 * i]), a_odd(a[2 * i + 1]);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
-        __m512 b_even, b_odd;
+        Vec b_even, b_odd;
         read_pairs<kDType>(at(t, i), b_even, b_odd);
-        even[t] = _mm512_fmadd_ps(a_even, b_even, even[t]);
-        odd[t] = _mm512_fmadd_ps(a_odd, b_odd, odd[t]);
+        even[t] = fma(a_even, b_even, even[t]);
+        odd[t] = fma(a_odd, b_odd, odd[t]);
       }
     }
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
       float* const out = c + t * Vec::kLanes;
       const Vec before = accumulate ? Vec::load(out) : Vec::zero();
-      (before + (Vec(even[t]) + Vec(odd[t]))).store(out);
+      (before + (even[t] + odd[t])).store(out);
     }
   }
 
   /// The even and the odd ones of 32 keys or values of pages of a type.
   template <DType kDType>
-  static QN_INLINE void read_pairs(const char* p, __m512& even, __m512& odd) {
+  static QN_INLINE void read_pairs(const char* p, Vec& even, Vec& odd) {
     if constexpr (kDType == DType::I8) {
-      const __m512i pairs =
-          _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-      even = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(pairs, 24), 24));
-      odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(pairs, 8));
+      load_pairs(reinterpret_cast<const int8_t*>(p), even, odd);
     } else {
-      const __m512i pairs = _mm512_loadu_si512(p);
-      even = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
-      odd = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-65536)));
+      load_pairs(reinterpret_cast<const bf16*>(p), even, odd);
     }
   }
 
