@@ -209,6 +209,6 @@ def test_an_interrupted_answer_stays_in_the_history(demo, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "stream_chat", interrupted)
-    session.answer("Count to one hundred.")
+    session.answer("Write a Python function that checks whether a string is a palindrome.")
     assert [message["role"] for message in session.messages] == ["user", "assistant"]
     assert not demo._engine.has_work
