@@ -21,8 +21,8 @@ Isa isa_from_name(const std::string& name);
 Isa host_isa();
 
 /// Places of memory, 2 or 4, that one core reads in ascending order by turns the fastest. It
-/// depends on how the processor reads ahead: two on AMD's (Zen 4), four on Intel's (Sapphire
-/// Rapids).
+/// depends on how the processor reads ahead: two on AMD's (measured on Zen 4), four on Intel's (a
+/// Xeon with AMX).
 int memory_streams();
 
 /// For tests and measurements. Throws ArgumentError unless count is 2 or 4.
