@@ -347,8 +347,9 @@ QN_INLINE void multiply_one_row(const float* a, const T* const* b, int64_t b_str
                                 float* c, bool accumulate) {
   constexpr int kPairs = sizeof(T) < 4 ? 2 : 1;
   Vec acc[G * V];
-  for (int v = 0; v < G * V; ++v)
+  for (int v = 0; v < G * V; ++v) {
     acc[v] = accumulate ? Vec::load(c + v * Vec::kLanes) : Vec::zero();
+  }
   for (int64_t i = 0; i < n; i += kPairs) {
 #pragma GCC unroll 8
     for (int v = 0; v < G * V; ++v) {
@@ -378,17 +379,22 @@ struct VecPath {
   static void run(const AttentionArgs& a, const AttentionItem& item, Scratch& s,
                   const PartResults& results) {
     const BlockRange range = blocks_of(item, s);
-    const bool int8 = a.kv.dtype == DType::I8, few = item.rows <= kRowBlock;
+    const bool int8 = a.kv.dtype == DType::I8;
+    const bool in_registers = int8 && item.rows <= kRowBlock;
     Softmax& softmax = s.softmax[0];
     for (int64_t index = range.begin; index < range.end; ++index) {
       Block block = locate(a, item, s, range, index);
-      if (int8 && !few) {
+      if (int8 && !in_registers) {
         widen(kGroup * key_dims(a.kv), block.groups, block.keys, s.keys);
         widen(kGroup * a.kv.head_dim, block.groups, block.values, s.values);
       }
       if (block.starts_part) start_part(softmax, item.rows);
       start_block(softmax, item.rows);
-      int8&& few ? multiply_keys<int8_t>(a, item, block, s) : multiply_keys<T>(a, item, block, s);
+      if (in_registers) {
+        multiply_keys<int8_t>(a, item, block, s);
+      } else {
+        multiply_keys<T>(a, item, block, s);
+      }
       for (int r = 0; r < item.rows; ++r) {
         float* scores = s.scores[0] + r * kScoreStride;
         scale_row(block, s.scale[r], scores);
@@ -400,8 +406,11 @@ struct VecPath {
         rescale_rows(softmax, item.rows, a.kv.head_dim, results.out(block));
       }
       float* const out = results.out(block);
-      int8&& few ? multiply_values<int8_t>(a, item, block, s, out)
-                 : multiply_values<T>(a, item, block, s, out);
+      if (in_registers) {
+        multiply_values<int8_t>(a, item, block, s, out);
+      } else {
+        multiply_values<T>(a, item, block, s, out);
+      }
       if (block.ends_part) results.finish(block, softmax);
     }
   }

@@ -192,8 +192,9 @@ void gemm_streams(const GemmQuantizedArgs& a, int64_t begin, int64_t end) {
       if (count == 4) gemm_block<Format, kPanels, 4, kAhead>(a, panel, run, token);
     }
   }
-  if constexpr (kPanels > 1)
+  if constexpr (kPanels > 1) {
     gemm_streams<Format, kPanels - 1, kAhead>(a, begin + run * kPanels, end);
+  }
 }
 
 /// Panels [begin, end).
