@@ -56,8 +56,8 @@ class Case:
         operations: multiply-adds count twice; 0 for ops bound by memory.
         peak: the ceiling that bounds the op: a key of `_C.measure_peaks`, e.g. "read_bandwidth",
         "tile_int8".
-            When the active level lacks it (0), the level's "dot_int8" or "fma_f32" is used and
-            named in the output.
+            When the active level lacks it (0), the level's "dot_int8", "dot_bf16" or "fma_f32" is
+            used and named in the output.
     """
 
     op: str
@@ -121,7 +121,7 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
 
 
 def _ceiling(case: Case, peaks: dict[str, Any]) -> str:
-    for name in (case.peak, "dot_int8" if "int8" in case.peak else "fma_f32", "fma_f32"):
+    for name in (case.peak, case.peak.replace("tile", "dot"), "fma_f32"):
         if peaks[name] > 0:
             return name
     raise ValueError(f"no peak was measured for {case.peak!r}")

@@ -215,9 +215,17 @@ def _cached_attention(
     return q, k, v, pages, ops.SequenceSpan(0, queries, depth, table)
 
 
+def rounded_to_int8(x: torch.Tensor) -> torch.Tensor:
+    """What an int8 cache keeps of [..., head_dim]: 8 bits and a scale per token and head."""
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return (x / scale).round() * scale
+
+
 def attention_cases() -> Iterator[Case]:
     def make(queries: int, depth: int, dtype: str) -> Run:
         q, k, v, pages, span = _cached_attention(queries, depth, dtype)
+        if dtype == "int8":  # judged by what the cache holds
+            k, v = (rounded_to_int8(x) for x in (k, v))
         storage = torch.float32 if dtype == "f32" else torch.bfloat16
         mask = torch.ones(queries, depth, dtype=torch.bool).tril(depth - queries)
         # [heads, tokens, head_dim], the order that torch wants

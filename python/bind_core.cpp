@@ -132,6 +132,7 @@ void register_core(py::module_& module) {
         result["read_bandwidth"] = peaks.read_bandwidth;
         result["fma_f32"] = peaks.fma_f32;
         result["dot_int8"] = peaks.dot_int8;
+        result["dot_bf16"] = peaks.dot_bf16;
         result["tile_int8"] = peaks.tile_int8;
         result["tile_bf16"] = peaks.tile_bf16;
         return result;

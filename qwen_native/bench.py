@@ -188,7 +188,7 @@ class Benchmark:
         """Peak of the instructions that the weights' main format can use at this level."""
         formats = self.llm.model.bytes_by_format
         main = max(formats, key=lambda name: formats[name][0])
-        wanted = {"f32": ["fma_f32"], "bf16": ["tile_bf16", "fma_f32"]}.get(
+        wanted = {"f32": ["fma_f32"], "bf16": ["tile_bf16", "dot_bf16", "fma_f32"]}.get(
             main, ["tile_int8", "dot_int8", "fma_f32"]
         )
         return next(float(self.peaks[name]) for name in wanted if self.peaks[name] > 0)

@@ -36,7 +36,8 @@ from qwen_native._C import PackedWeight as PackedWeight
 
 
 def set_isa(name: str) -> None:
-    """Switch the process to a level: "scalar", "avx2", "avx512" or "amx".
+    """Switch the process to a level: "scalar", "avx2", "avx512", "avx512_bf16" or
+    "amx".
 
     Raises:
         ValueError: the name is not a level, or the host or the build does not have it.
@@ -46,7 +47,7 @@ def set_isa(name: str) -> None:
 
 def available_isas() -> list[str]:
     """Levels that are built and that this host can run, lowest first."""
-    order = ["scalar", "avx2", "avx512", "amx"]
+    order = ["scalar", "avx2", "avx512", "avx512_bf16", "amx"]
     built = _C.built_isas()
     return [name for name in order[: order.index(_C.host_isa()) + 1] if name in built]
 
@@ -102,12 +103,13 @@ def linear(
 ) -> Any:
     """Return `x @ weight.T + bias`, for several weights side by side in one call.
 
-    At the level "amx", bf16 weights multiply x rounded to bf16; all other levels and f32 weights
-    multiply in float32. Quantised weights multiply x rounded to int8 in groups of 32 columns, those
-    of "int8" in blocks of at most 512. Sums are float32 everywhere. A row of the result does not
-    depend on the other rows of x or on the number of threads, bit for bit. The exception are 4-bit
-    weights at the level "amx" without `invariant`: several rows of x take a faster kernel, which
-    rounds x to int8 in blocks of 1024 columns and the weights to int8 with one scale per row.
+    At the levels "avx512_bf16" and "amx", bf16 weights multiply x rounded to bf16; all other levels
+    and f32 weights multiply in float32. Quantised weights multiply x rounded to int8 in groups of
+    32 columns, those of "int8" in blocks of at most 512. Sums are float32 everywhere. A row of the
+    result does not depend on the other rows of x or on the number of threads, bit for bit. The
+    exception are 4-bit weights above "scalar" without `invariant`: eight rows of x or more take a
+    faster kernel (docs/NUMERICS.md), which rounds x to int8 in blocks of 1024 columns and, from
+    "avx512" on, the weights to int8 with one scale per row.
 
     Args:
         x: [tokens, cols], f32, last axis dense.
@@ -492,7 +494,7 @@ def mlp(out: Any, x: Any, gate: Any, up: Any, down: Any, *, invariant: bool = Fa
     """Add a gated MLP to the residual stream: `out += (silu(x @ gate.T) * (x @ up.T)) @ down.T`.
 
     The same numbers as `linear`, `swiglu` and `linear` in turn, bit for bit, except with 4-bit
-    weights at the level "amx" and several rows of x, without `invariant`: then the inner
+    weights above "scalar" and eight rows of x or more, without `invariant`: then the inner
     activations are rounded to int8 in blocks of 512 columns as they leave the first GEMM.
 
     Args:

@@ -19,7 +19,8 @@ LEVEL_FLAGS = {
     "scalar": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"],
-    "amx": ["-mavx512bf16", "-mavx512fp16", "-mgfni", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
+    "avx512_bf16": ["-mavx512bf16"],
+    "amx": ["-mavx512fp16", "-mgfni", "-mamx-tile", "-mamx-int8", "-mamx-bf16"],
 }
 
 

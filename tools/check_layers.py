@@ -16,7 +16,7 @@ IMPORT = re.compile(r"^\s*(?:from\s+([\w.]+)\s+import\s+([\w, ]+)|import\s+([\w.
 
 ISA_ANGLE = {"stdint.h", "stddef.h", "math.h", "string.h", "immintrin.h"}
 ISA_QUOTED = re.compile(
-    r"core/dtype\.h|kernels/(args|scalar|quant_layout)\.h|kernels/cpu/(kernels|vec\w*|(amx|vnni|avx2|folded)_\w+)\.h"
+    r"core/dtype\.h|kernels/(args|scalar|quant_layout)\.h|kernels/cpu/(kernels|vec\w*|(amx|vnni|avx2|folded|attention)_\w+)\.h"
 )
 # Plain enums and layouts that the ops' signatures use, and what `info` reports.
 KERNEL_VOCABULARY = {"kernels/quant_layout.h"}

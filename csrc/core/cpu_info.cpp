@@ -20,7 +20,7 @@
 namespace qn {
 namespace {
 
-constexpr const char* kIsaNames[kIsaCount] = {"scalar", "avx2", "avx512", "amx"};
+constexpr const char* kIsaNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512_bf16", "amx"};
 
 struct CpuidLeaf {
   uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -62,11 +62,12 @@ Isa detect() {
                       bit(leaf7.ebx, 31) /* VL */ && bit(leaf7.ecx, 11) /* VNNI */;
   if (!avx512) return Isa::Avx2;
   constexpr uint64_t kTileState = (uint64_t{1} << 17) | (uint64_t{1} << 18);
-  const bool amx = (xcr0 & kTileState) == kTileState && bit(leaf7_1.eax, 5) /* AVX512_BF16 */ &&
-                   bit(leaf7.edx, 23) /* AVX512_FP16 */ && bit(leaf7.ecx, 8) /* GFNI */ &&
-                   bit(leaf7.edx, 22) /* AMX-BF16 */ && bit(leaf7.edx, 24) /* AMX-TILE */ &&
-                   bit(leaf7.edx, 25) /* AMX-INT8 */ && request_amx_permission();
-  return amx ? Isa::Amx : Isa::Avx512;
+  if (!bit(leaf7_1.eax, 5) /* AVX512_BF16 */) return Isa::Avx512;
+  const bool amx = (xcr0 & kTileState) == kTileState && bit(leaf7.edx, 23) /* AVX512_FP16 */ &&
+                   bit(leaf7.ecx, 8) /* GFNI */ && bit(leaf7.edx, 22) /* AMX-BF16 */ &&
+                   bit(leaf7.edx, 24) /* AMX-TILE */ && bit(leaf7.edx, 25) /* AMX-INT8 */ &&
+                   request_amx_permission();
+  return amx ? Isa::Amx : Isa::Avx512Bf16;
 }
 
 int count_cores(const cpu_set_t& affinity) {
@@ -100,7 +101,9 @@ Isa isa_from_name(const std::string& name) {
   for (int level = 0; level < kIsaCount; ++level) {
     if (name == kIsaNames[level]) return static_cast<Isa>(level);
   }
-  throw ArgumentError("[isa] level is '" + name + "', expected one of scalar, avx2, avx512, amx");
+  throw ArgumentError("[isa] level is '" + name +
+                      "', expected one of scalar, avx2, avx512, "
+                      "avx512_bf16, amx");
 }
 
 Isa host_isa() {

@@ -6,10 +6,10 @@
 namespace qn {
 
 /// Ordered levels; each is a bundle and includes the ones before it. Avx2 = AVX2 + FMA + F16C;
-/// Avx512 = F + BW + VL + DQ + VNNI; Amx = Avx512 + AVX512_BF16 + AVX512_FP16 + GFNI + AMX
-/// tiles (int8, bf16).
-enum class Isa : int { Scalar, Avx2, Avx512, Amx };
-constexpr int kIsaCount = 4;
+/// Avx512 = F + BW + VL + DQ + VNNI; Avx512Bf16 = Avx512 + AVX512_BF16 (AMD from Zen 4 on); Amx =
+/// that + AVX512_FP16 + GFNI + AMX tiles (int8, bf16).
+enum class Isa : int { Scalar, Avx2, Avx512, Avx512Bf16, Amx };
+constexpr int kIsaCount = 5;
 
 const char* isa_name(Isa isa);
 

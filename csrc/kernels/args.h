@@ -129,7 +129,7 @@ struct BlockReduceArgs {
   float shift, scale;  // block_exp_sum only
 };
 
-enum class ProbeKind : uint8_t { ReadStreams, FmaF32, DotInt8, TileInt8, TileBf16 };
+enum class ProbeKind : uint8_t { ReadStreams, FmaF32, DotInt8, DotBf16, TileInt8, TileBf16 };
 
 /// Measures the machine, not a model: what a loop of nothing but loads or nothing but
 /// multiplications achieves.

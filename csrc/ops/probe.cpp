@@ -61,6 +61,7 @@ Peaks measure_peaks(size_t read_bytes, const ExecContext& context) {
   };
   peaks.fma_f32 = measure(ProbeKind::FmaF32);
   peaks.dot_int8 = measure(ProbeKind::DotInt8);
+  peaks.dot_bf16 = measure(ProbeKind::DotBf16);
   peaks.tile_int8 = measure(ProbeKind::TileInt8);
   peaks.tile_bf16 = measure(ProbeKind::TileBf16);
 

@@ -12,6 +12,7 @@ struct Peaks {
   double read_bandwidth;  // bytes per second
   double fma_f32;         // operations per second
   double dot_int8;        // vector instructions: vpdpbusd, or what the level has instead
+  double dot_bf16;        // vdpbf16ps
   double tile_int8;       // AMX
   double tile_bf16;       // AMX
   size_t read_bytes;      // size of the buffer that was read

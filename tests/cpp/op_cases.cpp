@@ -300,7 +300,7 @@ void add_gather(std::vector<OpCase>& cases, int64_t cols) {
   cases.push_back(std::move(c));
 }
 
-/// x is rounded to bf16 beforehand, so that the amx level, which does that, has the same inputs.
+/// x is rounded to bf16 beforehand, so that the levels that do that have the same inputs.
 template <typename W>
 void add_linear(std::vector<OpCase>& cases, int64_t tokens, int64_t rows, int64_t cols, bool add) {
   OpCase c;

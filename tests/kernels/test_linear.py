@@ -1,8 +1,9 @@
 """csrc/kernels/cpu/gemm_float.cpp through ops.linear against float64.
 
-At the level amx, bf16 weights see x rounded to bf16. That rounding is part of the op there: the
-float64 reference gets the rounded x, so that the sums are held to the same limits as everywhere,
-and a test of its own compares the whole with torch's bf16 matmul, which rounds x the same way.
+At the levels avx512_bf16 and amx, bf16 weights see x rounded to bf16. That rounding is part of the
+op there: the float64 reference gets the rounded x, so that the sums are held to the same limits as
+everywhere, and a test of its own compares the whole with torch's bf16 matmul, which rounds x the
+same way.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ TOKENS = [0, 1, 2, 5, 16, 17, 33, 64]
 COLS = [1, 31, 33, 64, 896, 4864, 11008]
 ROWS = [1, 15, 16, 17, 33, 151]
 DTYPES = [torch.float32, torch.bfloat16]
+ROUNDS_X = ("avx512_bf16", "amx")  # beside bf16 weights
 
 
 def make(rng, tokens, rows, cols, dtype, scale=1.0):
@@ -33,7 +35,7 @@ def make(rng, tokens, rows, cols, dtype, scale=1.0):
 
 def seen(x: torch.Tensor, weight: torch.Tensor, isa: str) -> torch.Tensor:
     """x as the kernel multiplies it."""
-    return x.bfloat16().float() if isa == "amx" and weight.dtype == torch.bfloat16 else x
+    return x.bfloat16().float() if isa in ROUNDS_X and weight.dtype == torch.bfloat16 else x
 
 
 def expected(x, weight, bias, isa, before=None):

@@ -24,7 +24,7 @@ TOKENS = [1, 2, 3, 5, 8, 15, 16, 17, 33]
 ROWS = [1, 16, 31, 33, 70]
 COLS = [1, 31, 33, 64, 200, 896]
 FOLDED_TOKENS = 8  # csrc/ops/ops.h: from here on, at the levels in FOLDING
-FOLDING = ("avx2", "avx512", "amx")
+FOLDING = ("avx2", "avx512", "avx512_bf16", "amx")
 
 
 def make(rng, fmt, tokens, rows, cols, scale=1.0):

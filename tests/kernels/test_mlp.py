@@ -12,7 +12,7 @@ from qwen_native import _C, ops
 
 FORMATS = quant_reference.FORMATS
 FOLDED_TOKENS = 8  # csrc/ops/ops.h: from here on, at the levels in FOLDING
-FOLDING = ("avx2", "avx512", "amx")
+FOLDING = ("avx2", "avx512", "avx512_bf16", "amx")
 INNER_BLOCK = 512  # csrc/ops/folded.h: kGatedBlockCols
 
 

@@ -17,6 +17,7 @@ def test_peaks_exist_where_the_level_has_the_instruction(isa, threads):
         # No machine that runs this is below 100 MB/s or 100 MFLOP/s; above 10^16 a loop was
         # optimised away.
         assert 1e8 < peaks[name] < 1e16, (name, peaks[name])
+    assert (peaks["dot_bf16"] > 1e9) == (isa in ("avx512_bf16", "amx")), peaks["dot_bf16"]
     for name in ("tile_int8", "tile_bf16"):
         assert (peaks[name] > 1e9) == (isa == "amx"), (name, peaks[name])
 

@@ -23,6 +23,11 @@ namespace avx512 {
 void fill(CpuKernels&);
 }
 #endif
+#ifdef QN_HAVE_AVX512_BF16
+namespace avx512_bf16 {
+void fill(CpuKernels&);
+}
+#endif
 #ifdef QN_HAVE_AMX
 namespace amx {
 void fill(CpuKernels&);
@@ -42,6 +47,11 @@ constexpr std::array<Fill, kIsaCount> kFills = {
 #endif
 #ifdef QN_HAVE_AVX512
     avx512::fill,
+#else
+    nullptr,
+#endif
+#ifdef QN_HAVE_AVX512_BF16
+    avx512_bf16::fill,
 #else
     nullptr,
 #endif

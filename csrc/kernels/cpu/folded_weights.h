@@ -9,7 +9,7 @@ namespace qn::cpu::QN_ISA {
 
 /// Of packed 4-bit weights; matters when few tokens share a panel.
 constexpr int64_t kFoldedPrefetchBytes = 3072;
-constexpr int kWeightOffset = QN_ISA_LEVEL >= 3 ? 0 : 128;
+constexpr int kWeightOffset = QN_ISA_LEVEL >= 4 ? 0 : 128;
 
 /// What an int8 weight of each row is worth. With Int4 this exceeds fold_scale in rows where codes
 /// that do not occur stand for weights beyond what Int4Half can multiply.

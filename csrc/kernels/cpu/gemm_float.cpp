@@ -6,6 +6,7 @@
 //   of sixteen partial
 //     sums over k, then a pairwise sum, whatever the number of tokens: blocks of rows x tokens only
 //     share loads.
+//   avx512_bf16, bf16 weights: the same with x rounded to bf16 (nearest even) and pairs of k.
 //   amx, bf16 weights: x is rounded to bf16 (nearest even) and products accumulate in f32 tiles, 32
 //   k at a time in
 //     order: C^T[16 rows][16 tokens] += W[16 rows][32 k] * x^T[16 pairs of k][16 tokens][2]. k is
@@ -20,7 +21,7 @@
 #include "kernels/cpu/vec.h"
 #include "kernels/quant_layout.h"
 
-#if QN_ISA_LEVEL >= 3
+#if QN_ISA_LEVEL >= 4
 #include "kernels/cpu/amx_tile.h"
 #endif
 
@@ -31,7 +32,7 @@ QN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace
 
-#if QN_ISA_LEVEL < 3
+#if QN_ISA_LEVEL < 4
 
 namespace {
 
@@ -41,6 +42,28 @@ constexpr int kTokenGroup = QN_ISA_LEVEL >= 2 ? 4 : 2;
 constexpr int kMaxSums = QN_ISA_LEVEL >= 2 ? 16 : 4;
 constexpr int64_t kTokenChunk = 48;   // tokens that pass by a row group before the next one
 constexpr int64_t kBlockCols = 1024;  // of a row group, to stay in L1 while a chunk passes by
+
+/// What one step multiplies, and x as it is read.
+template <typename W>
+struct Operand {
+  using Lanes = Vec;
+  using X = float;
+  static QN_INLINE const X* x(const GemmFloatArgs& a) { return a.x; }
+  static QN_INLINE int64_t x_stride(const GemmFloatArgs& a) { return a.x_stride; }
+};
+
+#if QN_ISA_LEVEL == 3
+template <>
+struct Operand<bf16> {
+  using Lanes = Pairs;
+  using X = bf16;
+  static QN_INLINE X* x(const GemmFloatArgs& a) { return static_cast<X*>(a.packed_x); }
+  static QN_INLINE int64_t x_stride(const GemmFloatArgs& a) { return packed_cols(a.cols); }
+  static constexpr int64_t packed_cols(int64_t cols) {
+    return (cols + Pairs::kLanes - 1) / Pairs::kLanes * Pairs::kLanes;
+  }
+};
+#endif
 
 /// Columns [begin, end) of the weight; the sums of a chunk of tokens wait in between.
 struct ColumnBlock {
@@ -53,7 +76,10 @@ template <typename W, int R, int T, bool kPrefetch>
 QN_INLINE void dot_block(const GemmFloatArgs& a, int64_t row, int64_t token,
                          const ColumnBlock& block, Vec* sums) {
   const W* w = static_cast<const W*>(a.weight) + row * a.weight_stride;
-  const float* x = a.x + token * a.x_stride;
+  using Lanes = typename Operand<W>::Lanes;
+  using X = typename Operand<W>::X;
+  const int64_t x_stride = Operand<W>::x_stride(a);
+  const X* x = Operand<W>::x(a) + token * x_stride;
   Vec acc[R][T];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -63,31 +89,31 @@ QN_INLINE void dot_block(const GemmFloatArgs& a, int64_t row, int64_t token,
     }
   }
   const W* ws[R];
-  const float* xs[T];
+  const X* xs[T];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) ws[r] = w + r * a.weight_stride;
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) xs[t] = x + t * a.x_stride;
+  for (int t = 0; t < T; ++t) xs[t] = x + t * x_stride;
   const int64_t ahead = R * a.weight_stride;
   const auto step = [&](int64_t k, auto load) {
-    Vec values[T];
+    Lanes values[T];
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) values[t] = load(xs[t] + k);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       if constexpr (kPrefetch) __builtin_prefetch(ws[r] + ahead + k);
-      const Vec weight = load(ws[r] + k);
+      const Lanes weight = load(ws[r] + k);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) acc[r][t] = fma(weight, values[t], acc[r][t]);
     }
   };
   int64_t k = block.begin;
-  for (; k + Vec::kLanes <= block.end; k += Vec::kLanes) {
-    step(k, [](const auto* p) { return Vec::load(p); });
+  for (; k + Lanes::kLanes <= block.end; k += Lanes::kLanes) {
+    step(k, [](const auto* p) { return Lanes::load(p); });
   }
   if (k < block.end) {
     const int left = static_cast<int>(block.end - k);
-    step(k, [left](const auto* p) { return Vec::load(p, left); });
+    step(k, [left](const auto* p) { return Lanes::load(p, left); });
   }
   if (block.end < a.cols) {
 #pragma GCC unroll 8
@@ -164,7 +190,30 @@ void gemm_bf16(const GemmFloatArgs& args, int64_t begin, int64_t end) {
   gemm_rows<bf16>(args, begin, end);
 }
 
+#if QN_ISA_LEVEL == 3
+GemmWorkspace gemm_bf16_workspace(int64_t tokens, int64_t cols) {
+  return {tokens * Operand<bf16>::packed_cols(cols) * static_cast<int64_t>(sizeof(bf16)), 0};
+}
+
+void gemm_bf16_pack_x(const GemmFloatArgs& args, int64_t begin, int64_t end) {
+  const int64_t stride = Operand<bf16>::x_stride(args);
+  const int64_t last = smaller(end * kTokenTile, args.tokens);
+  for (int64_t token = begin * kTokenTile; token < last; ++token) {
+    const float* from = args.x + token * args.x_stride;
+    bf16* to = Operand<bf16>::x(args) + token * stride;
+    for (int64_t k = 0; k < args.cols; k += Pairs::kLanes) {
+      const int64_t left = smaller(Pairs::kLanes, args.cols - k);
+      const int low = static_cast<int>(smaller(left, Vec::kLanes));
+      const int high = static_cast<int>(left) - low;
+      Pairs::round(Vec::load(from + k, low),
+                   high > 0 ? Vec::load(from + k + Vec::kLanes, high) : Vec::zero())
+          .store(to + k);
+    }
+  }
+}
+#else
 GemmWorkspace gemm_bf16_workspace(int64_t, int64_t) { return {0, 0}; }
+#endif
 
 #else
 

@@ -8,7 +8,7 @@
 //   4 * tokens * rows
 #include "kernels/cpu/kernels.h"
 #if QN_ISA_LEVEL >= 1
-#if QN_ISA_LEVEL >= 3
+#if QN_ISA_LEVEL >= 4
 #include "kernels/cpu/amx_folded_gemm.h"
 #else
 #include "kernels/cpu/vec_folded_gemm.h"

@@ -2,7 +2,7 @@
 // (vec_panel_gemm.h); with many tokens at the level amx the same on tiles (amx_panel_gemm.h).
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/vec_panel_gemm.h"
-#if QN_ISA_LEVEL >= 3
+#if QN_ISA_LEVEL >= 4
 #include "kernels/cpu/amx_panel_gemm.h"
 #endif
 
@@ -11,7 +11,7 @@ namespace {
 
 template <class Format>
 void run(const GemmQuantizedArgs& args, int64_t begin, int64_t end) {
-#if QN_ISA_LEVEL >= 3
+#if QN_ISA_LEVEL >= 4
   if (args.x.tokens >= kTileTokens) return gemm_panels_tiles<Format>(args, begin, end);
 #endif
   gemm_panels<Format>(args, begin, end);

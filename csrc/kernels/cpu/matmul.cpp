@@ -11,7 +11,7 @@
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/vec.h"
 
-#if QN_ISA_LEVEL >= 3
+#if QN_ISA_LEVEL >= 4
 #include "kernels/cpu/amx_tile.h"
 
 namespace qn::cpu::QN_ISA {

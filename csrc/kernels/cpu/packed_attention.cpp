@@ -19,7 +19,7 @@
 //   bytes per item: the document's q, k, v once, held as operands in the thread's scratch
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/vec.h"
-#if QN_ISA_LEVEL >= 3
+#if QN_ISA_LEVEL >= 4
 #include "kernels/cpu/amx_tile.h"
 #endif
 
@@ -83,7 +83,7 @@ struct FloatOperands {
   }
 };
 
-#if QN_ISA_LEVEL >= 3
+#if QN_ISA_LEVEL >= 4
 /// The same as bf16 for tiles: A row-major, rows of B in interleaved pairs.
 struct TileOperands {
   using Element = bf16;
@@ -455,7 +455,7 @@ void packed_attention(const PackedAttentionArgs& args, int64_t begin, int64_t en
       forward<FloatOperands, float>(args, args.items[i], scratch);
       continue;
     }
-#if QN_ISA_LEVEL >= 3
+#if QN_ISA_LEVEL >= 4
     const TileScope tiles;
     forward<TileOperands, bf16>(args, args.items[i], scratch);
 #else
@@ -471,7 +471,7 @@ void packed_attention_bwd(const PackedAttentionArgs& args, int64_t begin, int64_
       backward<FloatOperands, float>(args, args.items[i], scratch);
       continue;
     }
-#if QN_ISA_LEVEL >= 3
+#if QN_ISA_LEVEL >= 4
     const TileScope tiles;
     backward<TileOperands, bf16>(args, args.items[i], scratch);
 #else

@@ -5,11 +5,12 @@
 //                 more cache lines in flight than one; every line is loaded once
 //   FmaF32        float32 multiply-add, all levels
 //   DotInt8       u8 x s8 -> i32: vpdpbusd from avx512 on, vpmaddubsw + vpmaddwd at avx2
+//   DotBf16       vdpbf16ps, from avx512_bf16 on
 //   TileInt8/Bf16 2 x 2 tile multiplications without reloads, level amx
 // One multiply-add counts as two operations.
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/vec.h"
-#if QN_ISA_LEVEL >= 3
+#if QN_ISA_LEVEL >= 4
 #include "kernels/cpu/amx_tile.h"
 #endif
 
@@ -104,6 +105,23 @@ float dot_int8(int64_t iterations, double& operations) {
 #endif
 
 #if QN_ISA_LEVEL >= 3
+float dot_bf16(int64_t iterations, double& operations) {
+  Vec acc[kAccumulators];
+  for (Vec& a : acc) a = Vec::zero();
+  const Vec factor(0.5f), term(0.25f);
+  Pairs x = Pairs::round(factor, factor), y = Pairs::round(term, term);
+  for (int64_t n = 0; n < iterations; ++n) {
+    asm volatile("" : "+v"(x.v), "+v"(y.v));
+    for (Vec& a : acc) a = fma(x, y, a);
+  }
+  operations = 2.0 * Pairs::kLanes * kAccumulators * static_cast<double>(iterations);
+  Vec total = Vec::zero();
+  for (const Vec& a : acc) total = total + a;
+  return sum(total);
+}
+#endif
+
+#if QN_ISA_LEVEL >= 4
 float tile_products(ProbeKind kind, int64_t iterations, double& operations) {
   alignas(64) int32_t result[16][16] = {};
   const TileScope scope;
@@ -152,8 +170,13 @@ void probe(const ProbeArgs& args, int64_t begin, int64_t end) {
       case ProbeKind::DotInt8:
         args.sink[task] = dot_int8(args.iterations, operations);
         break;
-      default:
 #if QN_ISA_LEVEL >= 3
+      case ProbeKind::DotBf16:
+        args.sink[task] = dot_bf16(args.iterations, operations);
+        break;
+#endif
+      default:
+#if QN_ISA_LEVEL >= 4
         args.sink[task] = tile_products(args.kind, args.iterations, operations);
 #endif
         break;

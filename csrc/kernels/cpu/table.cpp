@@ -26,24 +26,28 @@ void fill(CpuKernels& table) {
   table.decode_source = decode_source;
   table.repack = repack;
   table.quantize = quantize;
-#else
+#elif QN_ISA_LEVEL >= 4
   table.matmul_pack = matmul_pack;
   table.matmul = matmul;
+#endif
+#if QN_ISA_LEVEL >= 3
   table.gemm_bf16_pack_x = gemm_bf16_pack_x;
 #endif
-#if QN_ISA_LEVEL >= 1
+#if QN_ISA_LEVEL != 0 && QN_ISA_LEVEL != 3
   table.gemm_folded = gemm_folded;
   table.gated_gemm_folded = gated_gemm_folded;
+#endif
+#if QN_ISA_LEVEL != 3
+  table.packed_attention = packed_attention;
+  table.packed_attention_bwd = packed_attention_bwd;
+  table.gemm_int8_grouped = gemm_int8_grouped;
+  table.gemm_int4 = gemm_int4;
 #endif
   table.probe = probe;
   table.gemm_bf16 = gemm_bf16;
   table.gemm_bf16_workspace = gemm_bf16_workspace;
-  table.packed_attention = packed_attention;
-  table.packed_attention_bwd = packed_attention_bwd;
   table.attention = attention;
   table.attention_merge = attention_merge;
-  table.gemm_int8_grouped = gemm_int8_grouped;
-  table.gemm_int4 = gemm_int4;
 }
 
 }  // namespace qn::cpu::QN_ISA

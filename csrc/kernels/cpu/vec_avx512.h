@@ -66,10 +66,35 @@ QN_INLINE void load_pairs(const int8_t* p, Vec& even, Vec& odd) {
 }
 
 /// The other way round, for numbers that bf16 holds exactly.
-QN_INLINE void store_exact_pairs(bf16* p, Vec even, Vec odd) {
+QN_INLINE __m512i exact_pairs(Vec even, Vec odd) {
   const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even.v), 16);
-  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xAAAAAAAAu, low, _mm512_castps_si512(odd.v)));
+  return _mm512_mask_blend_epi16(0xAAAAAAAAu, low, _mm512_castps_si512(odd.v));
 }
+QN_INLINE void store_exact_pairs(bf16* p, Vec even, Vec odd) {
+  _mm512_storeu_si512(p, exact_pairs(even, odd));
+}
+
+#if QN_ISA_LEVEL >= 3
+/// Thirty-two bf16 as sixteen pairs, one for each lane of a Vec.
+struct Pairs {
+  static constexpr int kLanes = 32;  // elements
+  __m512bh v;
+
+  static QN_INLINE Pairs load(const bf16* p) {
+    return {reinterpret_cast<__m512bh>(_mm512_loadu_si512(p))};
+  }
+  static QN_INLINE Pairs load(const bf16* p, int n) {
+    const auto first = static_cast<__mmask32>((1u << n) - 1u);
+    return {reinterpret_cast<__m512bh>(_mm512_maskz_loadu_epi16(first, p))};
+  }
+  /// To nearest even.
+  static QN_INLINE Pairs round(Vec low, Vec high) { return {_mm512_cvtne2ps_pbh(high.v, low.v)}; }
+  QN_INLINE void store(bf16* p) const { _mm512_storeu_si512(p, reinterpret_cast<__m512i>(v)); }
+};
+
+/// c + both products of each pair; denormals count as zeros.
+QN_INLINE Vec fma(Pairs a, Pairs b, Vec c) { return _mm512_dpbf16_ps(c.v, a.v, b.v); }
+#endif
 
 QN_INLINE Vec operator+(Vec a, Vec b) { return _mm512_add_ps(a.v, b.v); }
 QN_INLINE Vec operator-(Vec a, Vec b) { return _mm512_sub_ps(a.v, b.v); }
