@@ -9,6 +9,15 @@
 namespace qn::cpu::QN_ISA {
 namespace {
 
+/// Where the keys or values of the block's g-th group are; beyond its end, of the next block's.
+const char* ahead(const char* const (Block::*of)[kGroups], const Block& block, const Block& next,
+                  int g) {
+  if (g < block.groups) return (block.*of)[g];
+  if (next.groups == 0) return (block.*of)[block.groups - 1];
+  g -= block.groups;
+  return (next.*of)[g < next.groups ? g : next.groups - 1];
+}
+
 /// m is a whole number, so that rescaling rounds nothing, and stays where a part's first block puts
 /// it until a score exceeds it by kHeadroom.
 struct Bf16Path {

@@ -10,10 +10,11 @@ namespace {
 struct PairPath : Bf16Path {
   static void run(const AttentionArgs& a, const AttentionItem& item, Scratch& s,
                   const PartResults& results) {
-    if (a.kv.dtype != DType::I8) return run<DType::BF16, false>(a, item, s, results);
-    // Codes that several blocks of rows read are converted once.
-    if (item.rows > kMostRows) return run<DType::BF16, true>(a, item, s, results);
-    run<DType::I8, true>(a, item, s, results);
+    const bool few = item.rows <= kMostRows;
+    if (a.kv.dtype == DType::I8) {
+      return few ? run<true, true>(a, item, s, results) : run<true, false>(a, item, s, results);
+    }
+    few ? run<false, true>(a, item, s, results) : run<false, false>(a, item, s, results);
   }
 
  private:
@@ -93,17 +94,25 @@ struct PairPath : Bf16Path {
   }
 
   /// scores = q k^T of one block.
-  template <DType kRead>
+  template <DType kRead, bool kFew>
   static void multiply_keys(const AttentionArgs& a, const AttentionItem& item, const Block& block,
-                            Scratch& s) {
+                            const Block& next, Scratch& s) {
     constexpr int kVecBytes = kRead == DType::I8 ? 32 : 64, kGroupVecs = kGroup / Vec::kLanes;
     const int64_t depths = (a.kv.head_dim + kDepth - 1) / kDepth;
     for_rows<kMostRows>(0, item.rows, [&](int row, auto rows) {
       constexpr int kTogether = columns_beside(rows.value) / kGroupVecs;
       in_steps<kTogether>(0, block.groups, [&](int g, auto groups) {
+        const char* after[groups.value];
+        for (int i = 0; i < groups.value; ++i) {
+          after[i] = ahead(&Block::keys, block, next, g + groups.value + i);
+        }
         const auto at = [&](int64_t depth, int pair, int v) {
-          return block.keys[g + v / kGroupVecs] +
-                 ((depth * (kDepth / 2) + pair) * kGroupVecs + v % kGroupVecs) * kVecBytes;
+          const int64_t offset =
+              ((depth * (kDepth / 2) + pair) * kGroupVecs + v % kGroupVecs) * kVecBytes;
+          if (kFew && v * kVecBytes % 64 == 0) {
+            __builtin_prefetch(after[v / kGroupVecs] + offset, 0, 3);
+          }
+          return block.keys[g + v / kGroupVecs] + offset;
         };
         multiply<kRead, rows.value, groups.value * kGroupVecs>(
             reinterpret_cast<const char*>(s.query) + row * kRowBytes, item.rows * kRowBytes, depths,
@@ -113,16 +122,21 @@ struct PairPath : Bf16Path {
   }
 
   /// out (+)= p v of one block.
-  template <DType kRead>
+  template <DType kRead, bool kFew>
   static void multiply_values(const AttentionArgs& a, const AttentionItem& item, const Block& block,
-                              const Scratch& s, float* out) {
+                              const Block& next, const Scratch& s, float* out) {
     constexpr int kVecBytes = kRead == DType::I8 ? 32 : 64;
     const int64_t head_dim = a.kv.head_dim, pair_bytes = head_dim / Vec::kLanes * kVecBytes;
     const int vecs = static_cast<int>(head_dim / Vec::kLanes);
     for_rows<kMostRows>(0, item.rows, [&](int row, auto rows) {
       in_steps<columns_beside(rows.value)>(0, vecs, [&](int vec, auto beside) {
         const auto at = [&](int64_t group, int pair, int v) {
-          return block.values[group] + pair * pair_bytes + (vec + v) * kVecBytes;
+          const int64_t offset = pair * pair_bytes + (vec + v) * kVecBytes;
+          if (kFew && v * kVecBytes % 64 == 0) {
+            const int later = static_cast<int>(group) + block.groups;
+            __builtin_prefetch(ahead(&Block::values, block, next, later) + offset, 0, 3);
+          }
+          return block.values[group] + offset;
         };
         multiply<kRead, rows.value, beside.value>(
             reinterpret_cast<const char*>(s.probs[0]) + row * kRowBytes,
@@ -132,22 +146,28 @@ struct PairPath : Bf16Path {
     });
   }
 
-  /// kRead: what the products read from the pages, or from the scratch if that differs.
-  template <DType kRead, bool kInt8>
+  /// Few rows read codes of int8 pages from these and ask for the next block; for many, a block's
+  /// codes are widened once, and other items are likely to read the same pages.
+  template <bool kInt8, bool kFew>
   static void run(const AttentionArgs& a, const AttentionItem& item, Scratch& s,
                   const PartResults& results) {
+    constexpr DType kRead = kInt8 && kFew ? DType::I8 : DType::BF16;
     const BlockRange range = blocks_of(item, s);
     Softmax& softmax = s.softmax[0];
+    Block block{}, next{};
+    if (range.begin < range.end) next = locate(a, item, s, range, range.begin);
     for (int64_t index = range.begin; index < range.end; ++index) {
-      Block block = locate(a, item, s, range, index);
-      if constexpr (kInt8 && kRead != DType::I8) {
+      block = next;
+      next.groups = 0;
+      if (index + 1 < range.end) next = locate(a, item, s, range, index + 1);
+      if constexpr (kInt8 && !kFew) {
         widen_codes(kGroup * key_dims(a.kv), block.groups, block.keys, s.keys);
         widen_codes(kGroup * a.kv.head_dim, block.groups, block.values, s.values);
       }
       if constexpr (kInt8) load_value_scales(block, s);
       if (block.starts_part) start_part(softmax, item.rows);
       start_block(softmax, item.rows);
-      multiply_keys<kRead>(a, item, block, s);
+      multiply_keys<kRead, kFew>(a, item, block, next, s);
       if (block.groups == kGroups) {
         run_rows(Rows<true>{block, softmax, s, s.scores[0], s.probs[0], item.rows, kInt8});
       } else {
@@ -155,7 +175,7 @@ struct PairPath : Bf16Path {
       }
       float* const out = results.out(block);
       if (!block.starts_part) rescale_rows(softmax, item.rows, a.kv.head_dim, out);
-      multiply_values<kRead>(a, item, block, s, out);
+      multiply_values<kRead, kFew>(a, item, block, next, s, out);
       if (block.ends_part) results.finish(block, softmax);
     }
   }

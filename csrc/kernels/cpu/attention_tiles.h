@@ -6,15 +6,6 @@
 namespace qn::cpu::QN_ISA {
 namespace {
 
-/// Where the keys or values of the block's g-th group are; beyond its end, of the next block's.
-const char* ahead(const char* const (Block::*of)[kGroups], const Block& block, const Block& next,
-                  int g) {
-  if (g < block.groups) return (block.*of)[g];
-  if (next.groups == 0) return (block.*of)[block.groups - 1];
-  g -= block.groups;
-  return (next.*of)[g < next.groups ? g : next.groups - 1];
-}
-
 /// The products of a single row, by fma, with the bits that tiles give. A tile with one row does a
 /// sixteenth of its work and waits for memory all the same, since the processor does not read
 /// ahead of its strided loads; here every line is read once, in order, and asked for in time.
