@@ -9,6 +9,18 @@
 namespace qn::cpu::QN_ISA {
 namespace {
 
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+/// Calls fn(first, how many) for kMost of [begin, end) at a time, then for half as many.
+template <int kMost, class Fn>
+QN_INLINE void in_steps(int begin, int end, const Fn& fn) {
+  for (; begin + kMost <= end; begin += kMost) fn(begin, Count<kMost>{});
+  if constexpr (kMost > 1) in_steps<kMost / 2>(begin, end, fn);
+}
+
 /// Where the keys or values of the block's g-th group are; beyond its end, of the next block's.
 const char* ahead(const char* const (Block::*of)[kGroups], const Block& block, const Block& next,
                   int g) {

@@ -24,18 +24,7 @@ struct PairPath : Bf16Path {
   /// Columns side by side, as Vecs: sums enough for none to wait for another.
   static constexpr int columns_beside(int rows) { return rows <= 2 ? 8 : rows <= 4 ? 4 : 2; }
 
-  template <int N>
-  struct Count {
-    static constexpr int value = N;
-  };
-
-  /// Calls fn(first, how many) for kMost at a time, then for fewer.
-  template <int kMost, class Fn>
-  static QN_INLINE void in_steps(int begin, int end, const Fn& fn) {
-    for (; begin + kMost <= end; begin += kMost) fn(begin, Count<kMost>{});
-    if constexpr (kMost > 1) in_steps<kMost / 2>(begin, end, fn);
-  }
-
+  /// Calls fn(first row, how many) for kMost rows at a time, then for those that are left.
   template <int kMost, class Fn>
   static QN_INLINE void for_rows(int begin, int end, const Fn& fn) {
     for (; begin + kMost <= end; begin += kMost) fn(begin, Count<kMost>{});

@@ -28,18 +28,6 @@ struct OneRow {
     unsigned before_;
   };
 
-  template <int N>
-  struct Count {
-    static constexpr int value = N;
-  };
-
-  /// Calls fn(first tile, how many of them) for steps of kMost tiles, then of fewer.
-  template <int kMost, class Fn>
-  static QN_INLINE void for_tiles(int begin, int end, const Fn& fn) {
-    for (; begin + kMost <= end; begin += kMost) fn(begin, Count<kMost>{});
-    if constexpr (kMost > 1) for_tiles<kMost / 2>(begin, end, fn);
-  }
-
   /// c [16 T] (+)= a [32] * T tiles side by side; at(t, i) is where the i-th row of pairs of one
   /// is.
   template <DType kDType, int T, class At>
@@ -81,7 +69,7 @@ struct OneRow {
                                                       const Block& block, const Block& next,
                                                       float* scores) {
     constexpr int64_t kTileBytes = kDType == DType::I8 ? 32 : 64;
-    for_tiles<2>(0, block.groups, [&](int g, auto groups) {
+    in_steps<2>(0, block.groups, [&](int g, auto groups) {
       constexpr int kTiles = 2 * groups.value;
       const char *keys[groups.value], *after[groups.value];
       for (int i = 0; i < groups.value; ++i) {
@@ -111,7 +99,7 @@ struct OneRow {
       const char* const after = ahead(&Block::values, block, next, g + 1);
       float p[kDepth];
       for (int i = 0; i < kDepth; ++i) p[i] = math::QN_ISA::bf16_to_float(probs[i]);
-      for_tiles<8>(0, static_cast<int>(head_dim / Vec::kLanes), [&](int tile, auto tiles) {
+      in_steps<8>(0, static_cast<int>(head_dim / Vec::kLanes), [&](int tile, auto tiles) {
         const auto at = [&](int t, int i) {
           const int64_t offset = i * stride + (tile + t) * kTileBytes;
           if (t * kTileBytes % 64 == 0) __builtin_prefetch(after + offset, 0, 3);
