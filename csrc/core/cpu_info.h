@@ -20,9 +20,9 @@ Isa isa_from_name(const std::string& name);
 /// once.
 Isa host_isa();
 
-/// Places of memory, 2 or 4, that one core reads in ascending order by turns the fastest. It
-/// depends on how the processor reads ahead: two on AMD's (measured on Zen 4), four on Intel's (a
-/// Xeon with AMX).
+/// Places of memory, 2 or 4, that one core reads by turns the fastest. It depends on how the
+/// processor reads ahead: 4 on Intel's (a Xeon with AMX), with software prefetches; 2 on AMD's
+/// (Zen 4), which want ascending lines and no software prefetches.
 int memory_streams();
 
 /// For tests and measurements. Throws ArgumentError unless count is 2 or 4.

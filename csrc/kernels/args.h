@@ -136,6 +136,7 @@ enum class ProbeKind : uint8_t { ReadStreams, FmaF32, DotInt8, DotBf16, TileInt8
 struct ProbeArgs {
   ProbeKind kind;
   const void* data;    // ReadStreams: [blocks * kProbeBlockBytes]
+  int streams;         // ReadStreams: 1, 2 or 4
   int64_t iterations;  // of the multiplying loops
   double* work;  // [end]: work[begin] += bytes read or operations done; stays 0 where the level
                  // lacks the kind
@@ -363,7 +364,7 @@ struct GemmQuantizedArgs {
   int64_t out_stride;  // elements between rows
   WeightFormat format;
   bool add;
-  int streams;  // panels that few tokens walk side by side, 2 or 4; changes no result
+  int streams;  // memory_streams(): how few tokens walk the panels; changes no result
 };
 
 /// Activations as int8 with one scale per token and block of columns, for weights with one scale
@@ -402,6 +403,7 @@ struct GemmFoldedArgs {
   int64_t chunk_tokens;  // a multiple of 32
   WeightFormat format;
   bool add;
+  int streams;  // memory_streams(): how gemm_int8 walks the panels; changes no result
 };
 
 struct GatedWeight {

@@ -136,6 +136,7 @@ Args common_args(const TensorView& out, const LinearSegment& segment, Epilogue e
 GemmFoldedArgs folded_args(const TensorView& out, const FoldedActivations& x,
                            const LinearSegment& segment, Epilogue epilogue, int threads) {
   auto args = common_args<GemmFoldedArgs>(out, segment, epilogue);
+  args.streams = memory_streams();
   args.x = x;
   args.format = segment.weight.format;
   args.chunk_tokens = folded_chunk_tokens(x.tokens, panel_count(args.rows), threads);

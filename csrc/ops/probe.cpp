@@ -79,7 +79,10 @@ Peaks measure_peaks(size_t read_bytes, const ExecContext& context) {
   });
   args.kind = ProbeKind::ReadStreams;
   args.data = data;
-  peaks.read_bandwidth = best_rate(args, blocks, 4, context);
+  for (const int streams : {1, 2, 4}) {
+    args.streams = streams;
+    peaks.read_bandwidth = std::max(peaks.read_bandwidth, best_rate(args, blocks, 4, context));
+  }
   return peaks;
 }
 

@@ -7,7 +7,7 @@
 // The sums are exact (below 2^24 in magnitude, so their floats are, too), and every element sees
 // the same float operations in the same order whatever the number of tokens, at every level and in
 // gemm_folded, which takes over for more of them. A panel passes kTokens tokens at a time;
-// few tokens walk kStreams panels at once, as in vec_panel_gemm.h.
+// few tokens walk several panels at once, as in vec_panel_gemm.h.
 //
 //   levels: all; bytes: the weights once per pass of kTokens tokens, from the cache after the first
 #include "kernels/cpu/kernels.h"
@@ -21,7 +21,9 @@ constexpr int64_t kPrefetchBytes = 1536;
 constexpr int64_t kDwords = kInt8GroupSize / 4;
 
 /// The results of kCount consecutive tokens of one tile with the panels first, first + step, ...
-template <int kPanels, int kCount>
+/// kAhead > 0: with prefetches so many bytes ahead, both halves of a panel by turns; 0: the lines
+/// of every panel in ascending order.
+template <int kPanels, int kCount, int64_t kAhead>
 QN_INLINE void gemm_block(const GemmFoldedArgs& a, int64_t first, int64_t step, int64_t token) {
   const int64_t steps = folded_cols(a.cols) / kInt8GroupSize;
   const int64_t blocks = a.x.blocks(a.cols), steps_per_block = a.x.block_cols / kInt8GroupSize;
@@ -52,19 +54,31 @@ QN_INLINE void gemm_block(const GemmFoldedArgs& a, int64_t first, int64_t step, 
     const int64_t end = s + steps_per_block < steps ? s + steps_per_block : steps;
     for (; s < end; ++s) {
       const int8_t* group = x.codes + s * x.step;
+      const auto add = [&](int p, int h, int i) {
+        const int8_t* line = codes_at(p, s, h) + 64 * i;
+        if constexpr (kAhead > 0) __builtin_prefetch(line + kAhead, 0, 3);
+        const Codes codes = Codes::load_signed(line);
+#pragma GCC unroll 4
+        for (int t = 0; t < kCount; ++t) {
+          sums[p][h][t].add(codes, group + t * kFoldedTileCols + 4 * i);
+        }
+      };
+      if constexpr (kAhead > 0) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kDwords; ++i) {
+        for (int i = 0; i < kDwords; ++i) {
 #pragma GCC unroll 4
-        for (int p = 0; p < kPanels; ++p) {
+          for (int p = 0; p < kPanels; ++p) {
 #pragma GCC unroll 2
-          for (int h = 0; h < kHalves; ++h) {
-            const int8_t* line = codes_at(p, s, h) + 64 * i;
-            __builtin_prefetch(line + kPrefetchBytes, 0, 3);
-            const Codes codes = Codes::load_signed(line);
+            for (int h = 0; h < kHalves; ++h) add(p, h, i);
+          }
+        }
+      } else {
+#pragma GCC unroll 2
+        for (int h = 0; h < kHalves; ++h) {
+#pragma GCC unroll 16
+          for (int i = 0; i < kDwords; ++i) {
 #pragma GCC unroll 4
-            for (int t = 0; t < kCount; ++t) {
-              sums[p][h][t].add(codes, group + t * kFoldedTileCols + 4 * i);
-            }
+            for (int p = 0; p < kPanels; ++p) add(p, h, i);
           }
         }
       }
@@ -101,29 +115,34 @@ QN_INLINE void gemm_block(const GemmFoldedArgs& a, int64_t first, int64_t step, 
 }
 
 /// Tokens [token, end) of one tile with the panels first, first + step, ...
-template <int kPanels, int kCount>
+template <int kPanels, int kCount, int64_t kAhead>
 void gemm_tokens(const GemmFoldedArgs& a, int64_t first, int64_t step, int64_t token, int64_t end) {
-  for (; token + kCount <= end; token += kCount) gemm_block<kPanels, kCount>(a, first, step, token);
+  for (; token + kCount <= end; token += kCount) {
+    gemm_block<kPanels, kCount, kAhead>(a, first, step, token);
+  }
   if constexpr (kCount > 1) {
-    if (token < end) gemm_tokens<kPanels, kCount / 2>(a, first, step, token, end);
+    if (token < end) gemm_tokens<kPanels, kCount / 2, kAhead>(a, first, step, token, end);
   }
 }
 
 /// Few tokens, two at a time, as the sums of more would not fit the registers: the panels are cut
 /// into kPanels runs that are walked side by side.
-template <int kPanels = kStreams>
+template <int kPanels, int64_t kAhead>
 void gemm_streams(const GemmFoldedArgs& a, int64_t begin, int64_t end) {
   const int64_t run = (end - begin) / kPanels;
   for (int64_t i = 0; i < run; ++i) {
-    gemm_tokens<kPanels, 2>(a, begin + i, run, 0, a.x.tokens);
+    gemm_tokens<kPanels, 2, kAhead>(a, begin + i, run, 0, a.x.tokens);
   }
-  if constexpr (kPanels > 1) gemm_streams<kPanels - 1>(a, begin + run * kPanels, end);
+  if constexpr (kPanels > 1) gemm_streams<kPanels - 1, kAhead>(a, begin + run * kPanels, end);
 }
 
 }  // namespace
 
 void gemm_int8(const GemmFoldedArgs& a, int64_t begin, int64_t end) {
-  if (a.x.tokens < kFewTokens) return gemm_streams<>(a, begin, end);
+  if (a.x.tokens < kFewTokens) {
+    if (a.streams == 4) return gemm_streams<kStreams, kPrefetchBytes>(a, begin, end);
+    return gemm_streams<kFewStreams, 0>(a, begin, end);
+  }
   const int64_t fitting = kActivationBytesPerPass / (folded_cols(a.cols) * kTokenTile + 1);
   const int64_t pass = (fitting > 1 ? fitting : 1) * kTokenTile;
   for (int64_t pass_begin = 0; pass_begin < a.x.tokens; pass_begin += pass) {
@@ -132,8 +151,8 @@ void gemm_int8(const GemmFoldedArgs& a, int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       for (int64_t token = pass_begin; token < pass_end; token += kTokenTile) {
         const int64_t rest = pass_end - token;
-        gemm_tokens<1, kTokens>(a, panel, 1, token,
-                                token + (rest < kTokenTile ? rest : kTokenTile));
+        gemm_tokens<1, kTokens, kPrefetchBytes>(a, panel, 1, token,
+                                                token + (rest < kTokenTile ? rest : kTokenTile));
       }
     }
   }

@@ -1,8 +1,8 @@
 // Ceilings of this machine: loops of nothing but loads, or nothing but one kind of multiplication
 // on registers.
 //
-//   ReadStreams   the blocks [begin, end) in four interleaved sequential streams, which keep
-//                 more cache lines in flight than one; every line is loaded once
+//   ReadStreams   the blocks [begin, end) in 1, 2 or 4 interleaved sequential streams (which is
+//                 fastest depends on how the processor reads ahead); every line is loaded once
 //   FmaF32        float32 multiply-add, all levels
 //   DotInt8       u8 x s8 -> i32: vpdpbusd from avx512 on, vpmaddubsw + vpmaddwd at avx2
 //   DotBf16       vdpbf16ps, from avx512_bf16 on
@@ -17,24 +17,23 @@
 namespace qn::cpu::QN_ISA {
 namespace {
 
-constexpr int kStreams = 4;
-
+template <int kStreams>
 float read_streams(const char* data, int64_t begin, int64_t end) {
-  const int64_t per_stream = (end - begin) / kStreams;
   constexpr int64_t kLineFloats = 16;
   constexpr int64_t kBlockFloats = kProbeBlockBytes / static_cast<int64_t>(sizeof(float));
-  const float* base = reinterpret_cast<const float*>(data);
-  Vec acc[kStreams] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
-  const float* stream[kStreams];
-  for (int s = 0; s < kStreams; ++s) stream[s] = base + (begin + s * per_stream) * kBlockFloats;
-  for (int64_t i = 0; i < per_stream * kBlockFloats; i += kLineFloats) {
-    for (int s = 0; s < kStreams; ++s) acc[s] = acc[s] + Vec::load(stream[s] + i);
+  const int64_t per_stream = (end - begin) / kStreams * kBlockFloats;
+  const float* stream = reinterpret_cast<const float*>(data) + begin * kBlockFloats;
+  Vec acc[kStreams];
+  for (Vec& a : acc) a = Vec::zero();
+  for (int64_t i = 0; i < per_stream; i += kLineFloats) {
+    for (int s = 0; s < kStreams; ++s) acc[s] = acc[s] + Vec::load(stream + s * per_stream + i);
   }
-  for (int64_t i = (begin + kStreams * per_stream) * kBlockFloats; i < end * kBlockFloats;
-       i += kLineFloats) {
-    acc[0] = acc[0] + Vec::load(base + i);
+  for (int64_t i = kStreams * per_stream; i < (end - begin) * kBlockFloats; i += kLineFloats) {
+    acc[0] = acc[0] + Vec::load(stream + i);
   }
-  return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+  Vec total = Vec::zero();
+  for (const Vec& a : acc) total = total + a;
+  return sum(total);
 }
 
 /// Independent accumulators: enough to cover the latency of the multiply-add, few enough for the
@@ -157,7 +156,10 @@ float tile_products(ProbeKind kind, int64_t iterations, double& operations) {
 
 void probe(const ProbeArgs& args, int64_t begin, int64_t end) {
   if (args.kind == ProbeKind::ReadStreams) {
-    args.sink[begin] = read_streams(static_cast<const char*>(args.data), begin, end);
+    const char* data = static_cast<const char*>(args.data);
+    args.sink[begin] = args.streams == 1   ? read_streams<1>(data, begin, end)
+                       : args.streams == 2 ? read_streams<2>(data, begin, end)
+                                           : read_streams<4>(data, begin, end);
     args.work[begin] += static_cast<double>((end - begin) * kProbeBlockBytes);
     return;
   }

@@ -21,9 +21,11 @@
 
 namespace qn::cpu::QN_ISA {
 
-/// How gemm_int8.cpp and vec_panel_gemm.h walk panels of 2 x 16 rows.
+/// How gemm_int8.cpp and vec_panel_gemm.h walk panels of 2 x 16 rows: side by side where
+/// memory_streams is 4, and where it is 2.
 constexpr int kHalves = 2;
 constexpr int kStreams = QN_ISA_LEVEL >= 1 ? 4 : 1;
+constexpr int kFewStreams = QN_ISA_LEVEL >= 1 ? 2 : 1;
 constexpr int64_t kFewTokens = 8;  // fewer wait for memory more than they compute
 constexpr int64_t kActivationBytesPerPass = 1 << 20;  // what stays in L2 beside a panel
 

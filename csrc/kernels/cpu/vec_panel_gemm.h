@@ -13,10 +13,13 @@
 // The sums are exact and every element sees the same float operations in the same order whatever
 // the number of tokens, so its bits do not depend on the batch. (Int4 is centred like that because
 // sums of uncentred codes and of mins are large and nearly cancel.) Tokens go through registers
-// kTokens at a time while a panel stays in L1 or L2. Few tokens walk two or four panels at once, a
-// single one a cache line of each in turn: one sequential stream per core does not fill the queue
-// of outstanding cache misses. Weights are prefetched 2 or 4 KB ahead, also over the end of a panel
-// into the next one.
+// kTokens at a time while a panel stays in L1 or L2.
+//
+// Few tokens wait for memory, and what makes it fast depends on the processor (memory_streams).
+// Intel's: four panels at once, a single token a cache line of each in turn, as one sequential
+// stream per core does not fill the queue of outstanding cache misses; prefetched 4 KB ahead, also
+// over the end of a panel into the next one. AMD's: every panel's lines in ascending order and no
+// prefetches (they cost a fifth of the speed), two panels at once for a single token.
 #pragma once
 #include "kernels/cpu/vec_dot.h"
 
@@ -45,8 +48,7 @@ struct Int4Panel {
 
 constexpr bool kManyRegisters = QN_ISA_LEVEL >= 2;
 constexpr int kTokensPerBlock = QN_ISA_LEVEL == 1 ? 4 : 8;
-/// With four panels side by side, and with two.
-constexpr int64_t kPrefetchBytes = 4032, kPrefetchBytesOfTwo = 2048;
+constexpr int64_t kPrefetchBytes = 4032;
 
 /// Of the weights of a group of sixteen rows whose code is 8; scale and min as stored.
 QN_INLINE Vec int4_offset(Vec scale, Vec min, const PanelHeader* header, int half) {
@@ -74,7 +76,7 @@ QN_INLINE void add_codes(const uint8_t* codes, const int8_t* x, int i, GroupSum<
 }
 
 /// The results of kTokens consecutive tokens of one activation block with the panels first, first +
-/// step, ...
+/// step, ...; kAhead = 0: without prefetches.
 template <class Format, int kPanels, int kTokens, int64_t kAhead = kPrefetchBytes>
 QN_INLINE void gemm_block(const GemmQuantizedArgs& a, int64_t first, int64_t step, int64_t token) {
   const int64_t groups = group_count(a.cols);
@@ -96,7 +98,7 @@ QN_INLINE void gemm_block(const GemmQuantizedArgs& a, int64_t first, int64_t ste
 
   // Half panels whose sums are in registers together; the first ones of all panels come first.
   constexpr int kParts = kPanels * kHalves;
-  constexpr int kTogether = kTokens == 1 && kManyRegisters ? kParts : 1;
+  constexpr int kTogether = kTokens > 1 || !kManyRegisters ? 1 : kAhead > 0 ? kParts : kPanels;
   constexpr int64_t kHalfCodes = (Format::kBlock - kScaleBytes) / kHalves;
   constexpr int kVectors = kHalfCodes / 64;
   for (int64_t g = 0; g < groups; ++g) {
@@ -118,7 +120,7 @@ QN_INLINE void gemm_block(const GemmQuantizedArgs& a, int64_t first, int64_t ste
         for (int j = 0; j < kTogether; ++j) {
           const int p = (part + j) % kPanels, h = (part + j) / kPanels;
           const uint8_t* codes = block_of(p) + kScaleBytes + h * kHalfCodes + 64 * i;
-          __builtin_prefetch(codes + kAhead, 0, 3);
+          if constexpr (kAhead > 0) __builtin_prefetch(codes + kAhead, 0, 3);
           add_codes<Format::kBits, kTokens>(codes, x, i, sums[j]);
         }
       }
@@ -126,7 +128,7 @@ QN_INLINE void gemm_block(const GemmQuantizedArgs& a, int64_t first, int64_t ste
       for (int j = 0; j < kTogether; ++j) {
         const int p = (part + j) % kPanels, h = (part + j) / kPanels;
         const uint8_t* block = block_of(p);
-        if (h == 0) __builtin_prefetch(block + kAhead, 0, 3);
+        if (kAhead > 0 && h == 0) __builtin_prefetch(block + kAhead, 0, 3);
         if constexpr (Format::kHasMin) {
           const Vec scale = load_bytes(block + 16 * h);
           const Vec offset = int4_offset(scale, load_bytes(block + 32 + 16 * h), header(p), h);
@@ -201,10 +203,9 @@ void gemm_streams(const GemmQuantizedArgs& a, int64_t begin, int64_t end) {
 template <class Format>
 void gemm_panels(const GemmQuantizedArgs& a, int64_t begin, int64_t end) {
   if (a.x.tokens < kFewTokens) {
-    if (kStreams > 2 && a.streams == 2) {
-      return gemm_streams<Format, 2, kPrefetchBytesOfTwo>(a, begin, end);
-    }
-    return gemm_streams<Format, kStreams, kPrefetchBytes>(a, begin, end);
+    if (a.streams == 4) return gemm_streams<Format, kStreams, kPrefetchBytes>(a, begin, end);
+    if (a.x.tokens == 1) return gemm_streams<Format, kFewStreams, 0>(a, begin, end);
+    return gemm_streams<Format, 1, 0>(a, begin, end);
   }
   const int64_t row_bytes = group_count(a.cols) * kGroupSize;
   const int64_t fitting = kActivationBytesPerPass / (row_bytes * kTokenTile + 1);
