@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "core/cpu_info.h"
 #include "kernels/cpu/dispatch.h"
 
 namespace qn::ops {
@@ -14,8 +15,9 @@ constexpr int64_t kMostChunkTokens = 1024;
 /// activations beside large ones (docs/NUMERICS.md).
 constexpr int64_t kInt8BlockCols = 512;
 
-/// From this many tokens on, gemm_folded is faster than gemm_int8.
-constexpr int64_t kInt8TileTokens = 6;
+/// From this many tokens on, gemm_folded is faster than gemm_int8: with AMX, and where
+/// memory_streams is 2 (vpdpbusd on Zen 4).
+constexpr int64_t kInt8FoldedTokens = 6, kInt8FoldedTokensOfTwoStreams = 24;
 
 }  // namespace
 
@@ -23,7 +25,7 @@ bool takes_folded(const WeightView& weight, int64_t tokens, bool invariant) {
   if (weight.cols == 0 || cpu::active_cpu_kernels().gemm_folded == nullptr) return false;
   switch (weight.format) {
     case WeightFormat::Int8:
-      return tokens >= kInt8TileTokens;
+      return tokens >= (memory_streams() == 2 ? kInt8FoldedTokensOfTwoStreams : kInt8FoldedTokens);
     case WeightFormat::Int4:
     case WeightFormat::Int4Symmetric:
       return tokens >= kFoldedTokens && !invariant;

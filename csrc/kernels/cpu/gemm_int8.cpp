@@ -125,24 +125,27 @@ void gemm_tokens(const GemmFoldedArgs& a, int64_t first, int64_t step, int64_t t
   }
 }
 
-/// Few tokens, two at a time, as the sums of more would not fit the registers: the panels are cut
-/// into kPanels runs that are walked side by side.
-template <int kPanels, int64_t kAhead>
+/// The tokens of one tile, kCount at a time, as the sums of more would not fit the registers: the
+/// panels are cut into kPanels runs that are walked side by side.
+template <int kPanels, int kCount, int64_t kAhead>
 void gemm_streams(const GemmFoldedArgs& a, int64_t begin, int64_t end) {
   const int64_t run = (end - begin) / kPanels;
   for (int64_t i = 0; i < run; ++i) {
-    gemm_tokens<kPanels, 2, kAhead>(a, begin + i, run, 0, a.x.tokens);
+    gemm_tokens<kPanels, kCount, kAhead>(a, begin + i, run, 0, a.x.tokens);
   }
-  if constexpr (kPanels > 1) gemm_streams<kPanels - 1, kAhead>(a, begin + run * kPanels, end);
+  if constexpr (kPanels > 1) {
+    gemm_streams<kPanels - 1, kCount, kAhead>(a, begin + run * kPanels, end);
+  }
 }
 
 }  // namespace
 
 void gemm_int8(const GemmFoldedArgs& a, int64_t begin, int64_t end) {
-  if (a.x.tokens < kFewTokens) {
-    if (a.streams == 4) return gemm_streams<kStreams, kPrefetchBytes>(a, begin, end);
-    return gemm_streams<kFewStreams, 0>(a, begin, end);
+  if (a.streams == 2 && a.x.tokens <= kTokenTile) {
+    if (QN_ISA_LEVEL == 1) return gemm_streams<1, 4, 0>(a, begin, end);
+    return gemm_streams<kFewStreams, 2, 0>(a, begin, end);
   }
+  if (a.x.tokens < kFewTokens) return gemm_streams<kStreams, 2, kPrefetchBytes>(a, begin, end);
   const int64_t fitting = kActivationBytesPerPass / (folded_cols(a.cols) * kTokenTile + 1);
   const int64_t pass = (fitting > 1 ? fitting : 1) * kTokenTile;
   for (int64_t pass_begin = 0; pass_begin < a.x.tokens; pass_begin += pass) {
