@@ -15,8 +15,8 @@ constexpr int64_t kMostChunkTokens = 1024;
 /// activations beside large ones (docs/NUMERICS.md).
 constexpr int64_t kInt8BlockCols = 512;
 
-/// From this many tokens on, gemm_folded is faster than gemm_int8: with AMX, and where
-/// memory_streams is 2 (vpdpbusd on Zen 4).
+/// From this many tokens on, gemm_folded is faster than gemm_int8, where memory_streams is 4 (a
+/// Xeon with AMX) and where it is 2 (Zen 4).
 constexpr int64_t kInt8FoldedTokens = 6, kInt8FoldedTokensOfTwoStreams = 24;
 
 }  // namespace

@@ -134,16 +134,19 @@ def test_bits_do_not_depend_on_batch_or_threads(isa, rng, rows, cols, fmt):
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_panels_side_by_side_change_nothing(isa, rng, fmt):
-    """Two or four, with runs of panels that leave a rest."""
+    """Two or four, with runs of panels that leave a rest, and on both sides of where int8 changes
+    its kernel: exact 4-bit batches and int8 ones of any size have the same bits."""
     before = _C.memory_streams()
     results = {}
     try:
         for streams in (2, 4):
             _C.set_memory_streams(streams)
             generator = torch.Generator().manual_seed(5)
-            x, weight, bias = make(generator, fmt, 7, 11 * 32 + 5, 150)
-            results[streams] = [linear(x[:n], weight, bias) for n in range(1, 8)]
-            assert_contraction(results[streams][-1], *expected(x, weight, bias))
+            x, weight, bias = make(generator, fmt, 33, 11 * 32 + 5, 150)
+            counts = (*range(1, 9), 13, 23, 24, 32, 33)
+            results[streams] = [linear(x[:n], weight, bias) for n in counts]
+            for n, result in zip(counts, results[streams], strict=True):
+                assert_contraction(result, *expected(x[:n], weight, bias))
     finally:
         _C.set_memory_streams(before)
     assert before in (2, 4)
