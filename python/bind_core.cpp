@@ -87,6 +87,7 @@ void register_core(py::module_& module) {
   module.def("set_isa", [](const std::string& name) { cpu::set_active_isa(isa_from_name(name)); });
   module.def("memory_streams", &memory_streams);
   module.def("set_memory_streams", &set_memory_streams, py::arg("count"));
+  module.def("folded_tokens", &ops::folded_tokens);
   module.def("built_isas", [] {
     std::vector<std::string> names;
     for (Isa isa : cpu::built_isas()) names.emplace_back(isa_name(isa));

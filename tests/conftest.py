@@ -29,6 +29,15 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def folded_from_8() -> Iterator[None]:
+    """4-bit weights take the folded kernel from 8 tokens on, whatever this processor prefers."""
+    before = _C.memory_streams()
+    _C.set_memory_streams(4)
+    yield
+    _C.set_memory_streams(before)
+
+
+@pytest.fixture
 def rng() -> torch.Generator:
     return torch.Generator().manual_seed(20230928)
 

@@ -123,13 +123,14 @@ enum class Epilogue : uint8_t {
   Add,    // out += x W^T + bias (the residual stream)
 };
 
-/// From this many tokens on, 4-bit weights take the faster kernel unless `invariant` is asked for.
-constexpr int64_t kFoldedTokens = 8;
+/// From this many tokens on, 4-bit weights take the folded kernel unless `invariant` is asked for;
+/// which number it is depends on the processor and on the active level.
+int64_t folded_tokens();
 
 /// Segments share x, which is quantised or converted once, and one parallel region. All segments
 /// have cols = x's cols. For F32, BF16 and the 8-bit formats the result of a row does not depend on
 /// the other rows, on `tokens` or on the number of threads, bit for bit; for the 4-bit formats that
-/// holds with `invariant`, without it batches of kFoldedTokens and more take a faster kernel that
+/// holds with `invariant`, without it batches of folded_tokens() and more take a faster kernel that
 /// rounds weights and activations to 8 bits per row.
 ///   out [tokens, >= sum of rows] f32, x [tokens, cols] f32, last axes dense
 void linear(const TensorView& out, const TensorView& x, std::span<const LinearSegment> segments,

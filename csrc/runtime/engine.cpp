@@ -213,7 +213,7 @@ std::vector<Emitted> Engine::step() {
 
   model::BatchPlan plan;
   // Drafts may not change how 4-bit weights round.
-  plan.exact = add_drafts(chunks) && tokens < ops::kFoldedTokens;
+  plan.exact = add_drafts(chunks) && tokens < ops::folded_tokens();
   struct OutputRow {
     Sequence* sequence;
     int64_t position;

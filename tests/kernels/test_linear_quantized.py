@@ -23,7 +23,7 @@ FORMATS = quant_reference.FORMATS
 TOKENS = [1, 2, 3, 5, 8, 15, 16, 17, 33]
 ROWS = [1, 16, 31, 33, 70]
 COLS = [1, 31, 33, 64, 200, 896]
-FOLDED_TOKENS = 8  # csrc/ops/ops.h: from here on, at the levels in FOLDING
+# Levels at which many tokens with 4-bit weights take the folded kernel.
 FOLDING = ("avx2", "avx512", "avx512_bf16", "amx")
 
 
@@ -121,11 +121,11 @@ def test_bits_do_not_depend_on_batch_or_threads(isa, rng, rows, cols, fmt):
         whole = linear(x, weight, bias)
         for count in (1, 2):
             _C.set_op_threads(count)
-            for tokens in [1, 2, 3, 7, 8, 15, 16, 17, 31, 64, 70]:
+            for tokens in [1, 2, 3, 7, 8, 15, 16, 17, 31, 39, 40, 64, 70]:
                 first = 70 - tokens
                 part = linear(x[first:], weight, bias)
                 assert torch.equal(part, whole[first:]), (count, tokens)
-                if fmt.startswith("int8") or isa not in FOLDING or tokens < FOLDED_TOKENS:
+                if fmt.startswith("int8") or isa not in FOLDING or tokens < _C.folded_tokens():
                     fast = linear(x[first:], weight, bias, invariant=False)
                     assert torch.equal(fast, part), (count, tokens)
     finally:
@@ -145,6 +145,10 @@ def test_panels_side_by_side_change_nothing(isa, rng, fmt):
             x, weight, bias = make(generator, fmt, 33, 11 * 32 + 5, 150)
             counts = (*range(1, 9), 13, 23, 24, 32, 33)
             results[streams] = [linear(x[:n], weight, bias) for n in counts]
+            for n, result in zip(counts, results[streams], strict=True):
+                exact = fmt.startswith("int8") or isa not in FOLDING or n < _C.folded_tokens()
+                fast = linear(x[:n], weight, bias, invariant=False)
+                assert torch.equal(fast, result) == exact, (streams, n)
             for n, result in zip(counts, results[streams], strict=True):
                 assert_contraction(result, *expected(x[:n], weight, bias))
     finally:
@@ -182,6 +186,7 @@ def test_levels_with_fused_multiply_add_agree(rng, fmt):
     assert all(torch.equal(outs[0], out) for out in outs[1:])
 
 
+@pytest.mark.usefixtures("folded_from_8")
 @pytest.mark.parametrize("fmt", ["int8", "int4_symmetric", "int4"])
 @pytest.mark.parametrize("tokens,rows,cols", [(8, 33, 75), (33, 70, 200), (70, 47, 2100)])
 def test_folded_tiles_and_vnni_agree(rng, tokens, rows, cols, fmt):
@@ -219,6 +224,7 @@ def test_error_of_quantised_activations_is_bounded(isa, rng, tokens, fmt):
     assert (linear(x, weight)[tokens // 2] == 0).all()
 
 
+@pytest.mark.usefixtures("folded_from_8")
 @pytest.mark.parametrize("fmt", ["int4_symmetric", "int4"])
 @pytest.mark.parametrize("tokens,rows,cols", [(8, 33, 64), (17, 70, 200), (70, 40, 2100)])
 def test_folded_error_is_bounded(isa, rng, tokens, rows, cols, fmt):
@@ -243,6 +249,7 @@ def test_folded_error_is_bounded(isa, rng, tokens, rows, cols, fmt):
     assert error.square().mean().sqrt() <= 1.2 * variance.mean().sqrt()
 
 
+@pytest.mark.usefixtures("folded_from_8")
 @pytest.mark.parametrize("tokens", [8, 40])
 @pytest.mark.parametrize("code,scale,least", [(7, 250, 233), (15, 130, 255), (0, 250, 20)])
 def test_folded_codes_that_do_not_occur(isa, rng, tokens, code, scale, least):
@@ -265,6 +272,7 @@ def test_folded_codes_that_do_not_occur(isa, rng, tokens, code, scale, least):
     assert ((out.double() - x.double() @ w.T).abs() <= worst + 1e-5 * worst.max()).all()
 
 
+@pytest.mark.usefixtures("folded_from_8")
 @pytest.mark.parametrize("fmt", ["int4_symmetric", "int4"])
 def test_folded_epilogues(isa, rng, fmt):
     for tokens in (8, 31, 70):
@@ -279,6 +287,7 @@ def test_folded_epilogues(isa, rng, fmt):
         assert ((added - (before + with_bias)).abs() <= slack).all()
 
 
+@pytest.mark.usefixtures("folded_from_8")
 @pytest.mark.parametrize("fmt", ["int4_symmetric", "int4"])
 def test_folded_rows_do_not_depend_on_each_other(isa, rng, fmt):
     x, weight, bias = make(rng, fmt, 300, 170, 1100)

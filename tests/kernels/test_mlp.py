@@ -11,7 +11,7 @@ from tolerance import assert_contraction
 from qwen_native import _C, ops
 
 FORMATS = quant_reference.FORMATS
-FOLDED_TOKENS = 8  # csrc/ops/ops.h: from here on, at the levels in FOLDING
+# Levels at which many tokens with 4-bit weights take the folded kernel.
 FOLDING = ("avx2", "avx512", "avx512_bf16", "amx")
 INNER_BLOCK = 512  # csrc/ops/folded.h: kGatedBlockCols
 
@@ -61,10 +61,11 @@ def test_float_weights(isa, rng, tokens):
     assert_contraction(out, ref, base)
 
 
+@pytest.mark.usefixtures("folded_from_8")
 @pytest.mark.parametrize("fmt", ["int4_symmetric", "int4"])
 @pytest.mark.parametrize(
     "tokens,inter,hidden",
-    [(FOLDED_TOKENS, 96, 64), (31, 600, 200), (70, 1100, 1300), (513, 33, 31)],
+    [(8, 96, 64), (31, 600, 200), (70, 1100, 1300), (513, 33, 31)],
 )
 def test_folded(isa, rng, fmt, tokens, inter, hidden):
     """Against the product of the packed weights the folded path's roundings cost a few percent;
@@ -103,6 +104,7 @@ def test_int8_keeps_its_bits(isa, rng, tokens, inter, hidden):
         assert torch.equal(alone[0], out[token])
 
 
+@pytest.mark.usefixtures("folded_from_8")
 @pytest.mark.parametrize("mixed", [("int8", "int4", "int4"), ("int4", "int8", "int8")])
 def test_int8_beside_4_bits(isa, rng, mixed):
     """Any mixture is fused; 4-bit weights are rounded once more, for about 1 %."""
@@ -114,6 +116,7 @@ def test_int8_beside_4_bits(isa, rng, mixed):
     assert relative_error(out, inner @ down.values.T) < 0.03
 
 
+@pytest.mark.usefixtures("folded_from_8")
 @pytest.mark.parametrize("fmt", ["int8", "int4_symmetric", "int4"])
 @pytest.mark.parametrize("count", [1, 3])
 def test_folded_rows_do_not_depend_on_each_other(isa, rng, fmt, count):

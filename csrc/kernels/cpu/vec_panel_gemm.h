@@ -12,14 +12,15 @@
 //
 // The sums are exact and every element sees the same float operations in the same order whatever
 // the number of tokens, so its bits do not depend on the batch. (Int4 is centred like that because
-// sums of uncentred codes and of mins are large and nearly cancel.) Tokens go through registers
-// kTokens at a time while a panel stays in L1 or L2.
+// sums of uncentred codes and of mins are large and nearly cancel.) Tokens go through registers up
+// to four at a time, beside both halves of a panel, while the panel stays in L1 or L2.
 //
-// Few tokens wait for memory, and what makes it fast depends on the processor (memory_streams).
-// Intel's: four panels at once, a single token a cache line of each in turn, as one sequential
+// A single token waits for memory, and what makes it fast depends on the processor
+// (memory_streams). Intel's: four panels at once, a cache line of each in turn, as one sequential
 // stream per core does not fill the queue of outstanding cache misses; prefetched 4 KB ahead, also
-// over the end of a panel into the next one. AMD's: every panel's lines in ascending order and no
-// prefetches (they cost a fifth of the speed), two panels at once for a single token.
+// over the end of a panel into the next one; up to seven tokens in the same way. AMD's: two panels
+// at once, every panel's lines in ascending order and no prefetches (they cost a fifth of the
+// speed). More tokens compute longer than they read, and fetch the next panel meanwhile.
 #pragma once
 #include "kernels/cpu/vec_dot.h"
 
@@ -47,7 +48,6 @@ struct Int4Panel {
 };
 
 constexpr bool kManyRegisters = QN_ISA_LEVEL >= 2;
-constexpr int kTokensPerBlock = QN_ISA_LEVEL == 1 ? 4 : 8;
 constexpr int64_t kPrefetchBytes = 4032;
 
 /// Of the weights of a group of sixteen rows whose code is 8; scale and min as stored.
@@ -57,28 +57,45 @@ QN_INLINE Vec int4_offset(Vec scale, Vec min, const PanelHeader* header, int hal
   return fma(scale, Vec(8.0f) * row_scale, Vec::zero() - row_min * min);
 }
 
-/// Adds the products of 64 bytes of codes, the i-th of a half block, with one group of kTokens
-/// tokens; x [kTokens][32].
-template <int kBits, int kTokens>
-QN_INLINE void add_codes(const uint8_t* codes, const int8_t* x, int i, GroupSum<kBits>* sums) {
-  const Codes loaded = Codes::load(codes);
+/// Adds the products of the i-th 64 bytes of kParts half blocks with one group of kTokens tokens, x
+/// [kTokens][32]; what is loaded from x serves all parts.
+template <int kBits, int kParts, int kTokens>
+QN_INLINE void add_codes(const Codes* codes, const int8_t* x, int i,
+                         GroupSum<kBits> (*sums)[kTokens]) {
   if constexpr (kBits == 8) {
 #pragma GCC unroll 8
-    for (int t = 0; t < kTokens; ++t) sums[t].add(loaded, x + t * kGroupSize + 4 * i);
+    for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 2
+      for (int j = 0; j < kParts; ++j) sums[j][t].add(codes[j], x + t * kGroupSize + 4 * i);
+    }
   } else {
-    const Codes low = loaded.low(), high = loaded.high();
+    Codes low[kParts], high[kParts];
+#pragma GCC unroll 2
+    for (int j = 0; j < kParts; ++j) {
+      low[j] = codes[j].low();
+      high[j] = codes[j].high();
+    }
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
-      sums[t].add(low, x + t * kGroupSize + 8 * i);
-      sums[t].add(high, x + t * kGroupSize + 8 * i + 4);
+#pragma GCC unroll 2
+      for (int j = 0; j < kParts; ++j) sums[j][t].add(low[j], x + t * kGroupSize + 8 * i);
+#pragma GCC unroll 2
+      for (int j = 0; j < kParts; ++j) sums[j][t].add(high[j], x + t * kGroupSize + 8 * i + 4);
     }
   }
 }
 
+/// Memory to be fetched into L2 while a block is computed: `step` bytes with every group.
+struct Fetch {
+  const uint8_t* at;
+  int64_t step;
+};
+
 /// The results of kTokens consecutive tokens of one activation block with the panels first, first +
-/// step, ...; kAhead = 0: without prefetches.
-template <class Format, int kPanels, int kTokens, int64_t kAhead = kPrefetchBytes>
-QN_INLINE void gemm_block(const GemmQuantizedArgs& a, int64_t first, int64_t step, int64_t token) {
+/// step, ...; kAhead > 0: a line so far ahead is prefetched with every line.
+template <class Format, int kPanels, int kTokens, int64_t kAhead>
+QN_INLINE void gemm_block(const GemmQuantizedArgs& a, int64_t first, int64_t step, int64_t token,
+                          Fetch fetch = {}) {
   const int64_t groups = group_count(a.cols);
   const int64_t panel_size = Format::kHeader + groups * Format::kBlock;
   const ActivationSlot slot = activation_slot(token, a.x.tokens, groups);
@@ -96,9 +113,14 @@ QN_INLINE void gemm_block(const GemmQuantizedArgs& a, int64_t first, int64_t ste
     }
   }
 
-  // Half panels whose sums are in registers together; the first ones of all panels come first.
+  // Half panels whose sums are in registers together: both of a single panel; else the first ones
+  // of all panels come first.
   constexpr int kParts = kPanels * kHalves;
-  constexpr int kTogether = kTokens > 1 || !kManyRegisters ? 1 : kAhead > 0 ? kParts : kPanels;
+  constexpr bool kBothHalves = kManyRegisters && kPanels == 1 && kTokens > 1;
+  constexpr int kTogether = kBothHalves                      ? kHalves
+                            : kTokens > 1 || !kManyRegisters ? 1
+                            : kAhead > 0                     ? kParts
+                                                             : kPanels;
   constexpr int64_t kHalfCodes = (Format::kBlock - kScaleBytes) / kHalves;
   constexpr int kVectors = kHalfCodes / 64;
   for (int64_t g = 0; g < groups; ++g) {
@@ -107,6 +129,9 @@ QN_INLINE void gemm_block(const GemmQuantizedArgs& a, int64_t first, int64_t ste
     const auto block_of = [&](int p) {
       return panels + p * step * panel_size + Format::kHeader + g * Format::kBlock;
     };
+    for (int64_t line = 0; line < fetch.step; line += 64) {
+      __builtin_prefetch(fetch.at + g * fetch.step + line, 0, 2);
+    }
 #pragma GCC unroll 8
     for (int part = 0; part < kParts; part += kTogether) {
       GroupSum<Format::kBits> sums[kTogether][kTokens];
@@ -114,14 +139,20 @@ QN_INLINE void gemm_block(const GemmQuantizedArgs& a, int64_t first, int64_t ste
       for (auto& of_part : sums) {
         for (int t = 0; t < kTokens; ++t) of_part[t].start(a.x.negative_sum[at + t]);
       }
+      constexpr int kShared = kBothHalves ? kHalves : 1;
 #pragma GCC unroll 8
       for (int i = 0; i < kVectors; ++i) {
 #pragma GCC unroll 8
-        for (int j = 0; j < kTogether; ++j) {
-          const int p = (part + j) % kPanels, h = (part + j) / kPanels;
-          const uint8_t* codes = block_of(p) + kScaleBytes + h * kHalfCodes + 64 * i;
-          if constexpr (kAhead > 0) __builtin_prefetch(codes + kAhead, 0, 3);
-          add_codes<Format::kBits, kTokens>(codes, x, i, sums[j]);
+        for (int j = 0; j < kTogether; j += kShared) {
+          Codes codes[kShared];
+#pragma GCC unroll 2
+          for (int k = 0; k < kShared; ++k) {
+            const int p = (part + j + k) % kPanels, h = (part + j + k) / kPanels;
+            const uint8_t* line = block_of(p) + kScaleBytes + h * kHalfCodes + 64 * i;
+            if constexpr (kAhead > 0) __builtin_prefetch(line + kAhead, 0, 3);
+            codes[k] = Codes::load(line);
+          }
+          add_codes<Format::kBits, kShared, kTokens>(codes, x, i, sums + j);
         }
       }
 #pragma GCC unroll 8
@@ -168,59 +199,88 @@ QN_INLINE void gemm_block(const GemmQuantizedArgs& a, int64_t first, int64_t ste
   }
 }
 
-/// Tokens [token, end) of one panel.
-template <class Format, int kTokens>
-void gemm_tokens(const GemmQuantizedArgs& a, int64_t panel, int64_t token, int64_t end) {
-  for (; token + kTokens <= end; token += kTokens) {
-    gemm_block<Format, 1, kTokens>(a, panel, 1, token);
-  }
-  if constexpr (kTokens > 1) {
-    if (token < end) gemm_tokens<Format, kTokens / 2>(a, panel, token, end);
+/// Tokens that pass a panel together.
+struct Pass {
+  int64_t number, count;  // of the passes of a tile
+  int64_t token;          // the first one
+};
+
+/// Calls run<how many>(pass) for the tokens [begin, end), up to four at a time and nearly the same
+/// number in every pass.
+template <class Run>
+QN_INLINE void for_passes(int64_t begin, int64_t end, Run run) {
+  const int64_t count = (end - begin + 3) / 4;
+  for (int64_t number = 0, token = begin; number < count; ++number) {
+    const Pass pass = {number, count, token};
+    const int64_t tokens = (end - token + count - number - 1) / (count - number);
+    if (tokens == 1) run.template operator()<1>(pass);
+    if (tokens == 2) run.template operator()<2>(pass);
+    if (tokens == 3) run.template operator()<3>(pass);
+    if (tokens == 4) run.template operator()<4>(pass);
+    token += tokens;
   }
 }
 
-/// Few tokens, in passes of up to four and nearly the same size: the panels are cut into kPanels
-/// runs that are walked side by side.
+/// Few tokens: the panels are cut into kPanels runs that are walked side by side.
 template <class Format, int kPanels, int64_t kAhead>
 void gemm_streams(const GemmQuantizedArgs& a, int64_t begin, int64_t end) {
   const int64_t run = (end - begin) / kPanels;
   for (int64_t panel = begin; panel < begin + run; ++panel) {
-    int64_t passes = (a.x.tokens + 3) / 4;
-    for (int64_t token = 0, count; token < a.x.tokens; token += count, --passes) {
-      count = (a.x.tokens - token + passes - 1) / passes;
-      if (count == 1) gemm_block<Format, kPanels, 1, kAhead>(a, panel, run, token);
-      if (count == 2) gemm_block<Format, kPanels, 2, kAhead>(a, panel, run, token);
-      if (count == 3) gemm_block<Format, kPanels, 3, kAhead>(a, panel, run, token);
-      if (count == 4) gemm_block<Format, kPanels, 4, kAhead>(a, panel, run, token);
-    }
+    for_passes(0, a.x.tokens, [&]<int kTokens>(const Pass& pass) {
+      gemm_block<Format, kPanels, kTokens, kAhead>(a, panel, run, pass.token);
+    });
   }
   if constexpr (kPanels > 1) {
     gemm_streams<Format, kPanels - 1, kAhead>(a, begin + run * kPanels, end);
   }
 }
 
-/// Panels [begin, end).
+/// What a pass over a panel fetches: an equal share of the next one. The first panel of a range,
+/// which nobody has fetched, looks ahead for itself. Up to four tokens wait for memory anyway and
+/// are faster without.
 template <class Format>
-void gemm_panels(const GemmQuantizedArgs& a, int64_t begin, int64_t end) {
-  if (a.x.tokens < kFewTokens) {
-    if (a.streams == 4) return gemm_streams<Format, kStreams, kPrefetchBytes>(a, begin, end);
-    if (a.x.tokens == 1) return gemm_streams<Format, kFewStreams, 0>(a, begin, end);
-    return gemm_streams<Format, 1, 0>(a, begin, end);
-  }
-  const int64_t row_bytes = group_count(a.cols) * kGroupSize;
-  const int64_t fitting = kActivationBytesPerPass / (row_bytes * kTokenTile + 1);
-  const int64_t pass = (fitting > 1 ? fitting : 1) * kTokenTile;
-  for (int64_t pass_begin = 0; pass_begin < a.x.tokens; pass_begin += pass) {
-    const int64_t left = a.x.tokens - pass_begin;
-    const int64_t pass_end = pass_begin + (left < pass ? left : pass);
+Fetch fetch_of(const uint8_t* panel, int64_t groups, const Pass& pass, bool first, bool last) {
+  const uint8_t* blocks = panel + Format::kHeader;
+  if (pass.count == 1) return {};
+  if (first && pass.number == 0) return {blocks + kPrefetchBytes, Format::kBlock};
+  if (last) return {};
+  const int64_t step = (Format::kBlock / pass.count + 63) / 64 * 64;
+  return {blocks + groups * (Format::kBlock + pass.number * step), step};
+}
+
+/// More tokens: a panel stays in L2 while they pass.
+template <class Format>
+void gemm_passes(const GemmQuantizedArgs& a, int64_t begin, int64_t end) {
+  const int64_t groups = group_count(a.cols);
+  const int64_t panel_size = Format::kHeader + groups * Format::kBlock;
+  const int64_t fitting = kActivationBytesPerPass / (groups * kGroupSize * kTokenTile + 1);
+  const int64_t share = (fitting > 1 ? fitting : 1) * kTokenTile;
+  const auto earlier = [](int64_t x, int64_t y) { return x < y ? x : y; };
+  for (int64_t from = 0, to; from < a.x.tokens; from = to) {
+    to = earlier(from + share, a.x.tokens);
     for (int64_t panel = begin; panel < end; ++panel) {
-      for (int64_t token = pass_begin; token < pass_end; token += kTokenTile) {
-        const int64_t rest = pass_end - token;
-        gemm_tokens<Format, kTokensPerBlock>(a, panel, token,
-                                             token + (rest < kTokenTile ? rest : kTokenTile));
+      const uint8_t* here = static_cast<const uint8_t*>(a.weight) + panel * panel_size;
+      for (int64_t tile = from; tile < to; tile += kTokenTile) {
+        for_passes(tile, earlier(tile + kTokenTile, to), [&]<int kTokens>(const Pass& pass) {
+          Fetch fetch{};
+          if (tile == from) {
+            fetch = fetch_of<Format>(here, groups, pass, panel == begin, panel + 1 == end);
+          }
+          gemm_block<Format, 1, kTokens, 0>(a, panel, 1, pass.token, fetch);
+        });
       }
     }
   }
+}
+
+/// Panels [begin, end).
+template <class Format>
+void gemm_panels(const GemmQuantizedArgs& a, int64_t begin, int64_t end) {
+  if (a.streams == 4 && a.x.tokens < kFewTokens) {
+    return gemm_streams<Format, kStreams, kPrefetchBytes>(a, begin, end);
+  }
+  if (a.streams == 2 && a.x.tokens == 1) return gemm_streams<Format, kFewStreams, 0>(a, begin, end);
+  gemm_passes<Format>(a, begin, end);
 }
 
 }  // namespace qn::cpu::QN_ISA
