@@ -18,11 +18,11 @@ constexpr int64_t kInt8BlockCols = 512;
 /// From this many tokens on, 4-bit weights are faster unpacked to folded ones than with the exact
 /// kernel: measured on a Xeon, and on Zen 4, where the levels from avx512 on multiply what they
 /// have loaded before they unpack it again.
-constexpr int64_t kInt4FoldedTokens = 8, kInt4FoldedTokensOfTwoStreams = 40;
+constexpr int64_t kInt4FoldedTokens = 8, kInt4FoldedTokensOfTwoStreams = 32;
 
 /// From this many tokens on, gemm_folded is faster than gemm_int8, where memory_streams is 4 (a
 /// Xeon with AMX) and where it is 2 (Zen 4).
-constexpr int64_t kInt8FoldedTokens = 6, kInt8FoldedTokensOfTwoStreams = 24;
+constexpr int64_t kInt8FoldedTokens = 6, kInt8FoldedTokensOfTwoStreams = 96;
 
 }  // namespace
 

@@ -264,7 +264,7 @@ double token_cost() {
     case Isa::Avx2:
       return 0.4;
     default:
-      return 0.3;
+      return memory_streams() == 2 ? 0.1 : 0.3;
   }
 }
 

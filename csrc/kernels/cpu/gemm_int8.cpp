@@ -6,8 +6,8 @@
 //
 // The sums are exact (below 2^24 in magnitude, so their floats are, too), and every element sees
 // the same float operations in the same order whatever the number of tokens, at every level and in
-// gemm_folded, which takes over for more of them. A panel passes kTokens tokens at a time;
-// few tokens walk several panels at once, as in vec_panel_gemm.h.
+// gemm_folded, which takes over for more of them. A panel passes kTokens tokens at a time; a few
+// walk several panels at once, as in vec_panel_gemm.h.
 //
 //   levels: all; bytes: the weights once per pass of kTokens tokens, from the cache after the first
 #include "kernels/cpu/kernels.h"
@@ -16,18 +16,23 @@
 namespace qn::cpu::QN_ISA {
 namespace {
 
-constexpr int kTokens = QN_ISA_LEVEL == 1 ? 2 : 4;
+constexpr int kTokens = QN_ISA_LEVEL >= 2 ? 8 : 4;
 constexpr int64_t kPrefetchBytes = 1536;
-/// Where memory_streams is 2: panels side by side and tokens at a time, measured on Zen 4.
+/// Where memory_streams is 2, up to so many tokens wait for memory: panels side by side and tokens
+/// at a time, measured on Zen 4.
+constexpr int64_t kMostOrderedTokens = 4;
 constexpr int kOrderedPanels = QN_ISA_LEVEL == 1 ? 1 : kFewStreams;
 constexpr int kOrderedTokens = QN_ISA_LEVEL == 1 ? 4 : 2;
 constexpr int64_t kDwords = kInt8GroupSize / 4;
 
 /// The results of kCount consecutive tokens of one tile with the panels first, first + step, ...
 /// kAhead > 0: with prefetches so many bytes ahead, both halves of a panel by turns; 0: the lines
-/// of every panel in ascending order.
+/// of every panel in ascending order, or, where many tokens pass a single panel, a line of both
+/// halves at a time, which share what is loaded from x.
 template <int kPanels, int kCount, int64_t kAhead>
-QN_INLINE void gemm_block(const GemmFoldedArgs& a, int64_t first, int64_t step, int64_t token) {
+QN_INLINE void gemm_block(const GemmFoldedArgs& a, int64_t first, int64_t step, int64_t token,
+                          Fetch fetch = {}) {
+  constexpr bool kBothHalves = QN_ISA_LEVEL >= 2 && kAhead == 0 && kPanels == 1 && kCount > 2;
   const int64_t steps = folded_cols(a.cols) / kInt8GroupSize;
   const int64_t blocks = a.x.blocks(a.cols), steps_per_block = a.x.block_cols / kInt8GroupSize;
   const int64_t panel_size = panel_bytes(WeightFormat::Int8, a.cols);
@@ -56,6 +61,7 @@ QN_INLINE void gemm_block(const GemmFoldedArgs& a, int64_t first, int64_t step, 
     }
     const int64_t end = s + steps_per_block < steps ? s + steps_per_block : steps;
     for (; s < end; ++s) {
+      fetch.run(s);
       const int8_t* group = x.codes + s * x.step;
       const auto add = [&](int p, int h, int i) {
         const int8_t* line = codes_at(p, s, h) + 64 * i;
@@ -66,7 +72,20 @@ QN_INLINE void gemm_block(const GemmFoldedArgs& a, int64_t first, int64_t step, 
           sums[p][h][t].add(codes, group + t * kFoldedTileCols + 4 * i);
         }
       };
-      if constexpr (kAhead > 0) {
+      if constexpr (kBothHalves) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kDwords; ++i) {
+          const Codes codes[kHalves] = {Codes::load_signed(codes_at(0, s, 0) + 64 * i),
+                                        Codes::load_signed(codes_at(0, s, 1) + 64 * i)};
+#pragma GCC unroll 8
+          for (int t = 0; t < kCount; ++t) {
+#pragma GCC unroll 2
+            for (int h = 0; h < kHalves; ++h) {
+              sums[0][h][t].add(codes[h], group + t * kFoldedTileCols + 4 * i);
+            }
+          }
+        }
+      } else if constexpr (kAhead > 0) {
 #pragma GCC unroll 16
         for (int i = 0; i < kDwords; ++i) {
 #pragma GCC unroll 4
@@ -117,37 +136,60 @@ QN_INLINE void gemm_block(const GemmFoldedArgs& a, int64_t first, int64_t step, 
   }
 }
 
-/// Tokens [token, end) of one tile with the panels first, first + step, ...
-template <int kPanels, int kCount, int64_t kAhead>
-void gemm_tokens(const GemmFoldedArgs& a, int64_t first, int64_t step, int64_t token, int64_t end) {
-  for (; token + kCount <= end; token += kCount) {
-    gemm_block<kPanels, kCount, kAhead>(a, first, step, token);
-  }
-  if constexpr (kCount > 1) {
-    if (token < end) gemm_tokens<kPanels, kCount / 2, kAhead>(a, first, step, token, end);
-  }
-}
-
-/// The tokens of one tile, kCount at a time, as the sums of more would not fit the registers: the
-/// panels are cut into kPanels runs that are walked side by side.
+/// Few tokens, of one tile, kCount at a time: the panels are cut into kPanels runs that are walked
+/// side by side.
 template <int kPanels, int kCount, int64_t kAhead>
 void gemm_streams(const GemmFoldedArgs& a, int64_t begin, int64_t end) {
   const int64_t run = (end - begin) / kPanels;
-  for (int64_t i = 0; i < run; ++i) {
-    gemm_tokens<kPanels, kCount, kAhead>(a, begin + i, run, 0, a.x.tokens);
+  for (int64_t panel = begin; panel < begin + run; ++panel) {
+    int64_t token = 0;
+    for (; token + kCount <= a.x.tokens; token += kCount) {
+      gemm_block<kPanels, kCount, kAhead>(a, panel, run, token);
+    }
+    if (kCount > 2 && token + 2 <= a.x.tokens) {
+      gemm_block<kPanels, 2, kAhead>(a, panel, run, token);
+      token += 2;
+    }
+    if (token < a.x.tokens) gemm_block<kPanels, 1, kAhead>(a, panel, run, token);
   }
   if constexpr (kPanels > 1) {
     gemm_streams<kPanels - 1, kCount, kAhead>(a, begin + run * kPanels, end);
   }
 }
 
+/// More tokens, [token, end) of one tile: the panel stays in L2 while they pass, and the next one
+/// is fetched meanwhile. The first panel of a range looks ahead for itself.
+template <int kCount>
+void gemm_passes(const GemmFoldedArgs& a, int64_t panel, bool first, bool last, int64_t token,
+                 int64_t end) {
+  const int64_t steps = folded_cols(a.cols) / kInt8GroupSize;
+  const uint8_t* here = static_cast<const uint8_t*>(a.weight) +
+                        panel * panel_bytes(WeightFormat::Int8, a.cols) + sizeof(Int8PanelHeader);
+  for (; token + kCount <= end; token += kCount) {
+    Fetch fetch{};
+    if (token == 0 && first) {
+      fetch = {here + kPrefetchBytes, kInt8BlockBytes};
+    } else if (token < kTokenTile && !last) {
+      const int64_t tile = a.x.tokens < kTokenTile ? a.x.tokens : kTokenTile;
+      const int64_t bytes = (kInt8BlockBytes * kCount / tile + 63) / 64 * 64;
+      fetch = {here + (steps * kInt8BlockBytes) * (tile + token) / tile, bytes};
+    }
+    gemm_block<1, kCount, 0>(a, panel, 1, token, fetch);
+  }
+  if constexpr (kCount > 1) {
+    if (token < end) gemm_passes<kCount / 2>(a, panel, first, last, token, end);
+  }
+}
+
 }  // namespace
 
 void gemm_int8(const GemmFoldedArgs& a, int64_t begin, int64_t end) {
-  if (a.streams == 2 && a.x.tokens <= kTokenTile) {
+  if (a.streams == 2 && a.x.tokens <= kMostOrderedTokens) {
     return gemm_streams<kOrderedPanels, kOrderedTokens, 0>(a, begin, end);
   }
-  if (a.x.tokens < kFewTokens) return gemm_streams<kStreams, 2, kPrefetchBytes>(a, begin, end);
+  if (a.streams == 4 && a.x.tokens < kFewTokens) {
+    return gemm_streams<kStreams, 2, kPrefetchBytes>(a, begin, end);
+  }
   const int64_t fitting = kActivationBytesPerPass / (folded_cols(a.cols) * kTokenTile + 1);
   const int64_t pass = (fitting > 1 ? fitting : 1) * kTokenTile;
   for (int64_t pass_begin = 0; pass_begin < a.x.tokens; pass_begin += pass) {
@@ -156,8 +198,8 @@ void gemm_int8(const GemmFoldedArgs& a, int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
       for (int64_t token = pass_begin; token < pass_end; token += kTokenTile) {
         const int64_t rest = pass_end - token;
-        gemm_tokens<1, kTokens, kPrefetchBytes>(a, panel, 1, token,
-                                                token + (rest < kTokenTile ? rest : kTokenTile));
+        gemm_passes<kTokens>(a, panel, panel == begin, panel + 1 == end, token,
+                             token + (rest < kTokenTile ? rest : kTokenTile));
       }
     }
   }

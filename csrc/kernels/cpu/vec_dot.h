@@ -29,6 +29,18 @@ constexpr int kFewStreams = QN_ISA_LEVEL >= 1 ? 2 : 1;
 constexpr int64_t kFewTokens = 8;  // fewer wait for memory more than they compute
 constexpr int64_t kActivationBytesPerPass = 1 << 20;  // what stays in L2 beside a panel
 
+/// Memory to be fetched into L2 while tokens pass a panel: `bytes` with each of its steps.
+struct Fetch {
+  const uint8_t* at;
+  int64_t bytes;
+
+  QN_INLINE void run(int64_t step) const {
+    for (int64_t line = 0; line < bytes; line += 64) {
+      __builtin_prefetch(at + step * bytes + line, 0, 2);
+    }
+  }
+};
+
 /// Where a token's groups are in QuantizedActivations: elements first, first + stride, ...
 struct ActivationSlot {
   int64_t first, stride;

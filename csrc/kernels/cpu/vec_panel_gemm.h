@@ -85,12 +85,6 @@ QN_INLINE void add_codes(const Codes* codes, const int8_t* x, int i,
   }
 }
 
-/// Memory to be fetched into L2 while a block is computed: `step` bytes with every group.
-struct Fetch {
-  const uint8_t* at;
-  int64_t step;
-};
-
 /// The results of kTokens consecutive tokens of one activation block with the panels first, first +
 /// step, ...; kAhead > 0: a line so far ahead is prefetched with every line.
 template <class Format, int kPanels, int kTokens, int64_t kAhead>
@@ -129,9 +123,7 @@ QN_INLINE void gemm_block(const GemmQuantizedArgs& a, int64_t first, int64_t ste
     const auto block_of = [&](int p) {
       return panels + p * step * panel_size + Format::kHeader + g * Format::kBlock;
     };
-    for (int64_t line = 0; line < fetch.step; line += 64) {
-      __builtin_prefetch(fetch.at + g * fetch.step + line, 0, 2);
-    }
+    fetch.run(g);
 #pragma GCC unroll 8
     for (int part = 0; part < kParts; part += kTogether) {
       GroupSum<Format::kBits> sums[kTogether][kTokens];
