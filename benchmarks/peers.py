@@ -19,9 +19,10 @@ Then, for the demo model and for a random Qwen-1.8B:
     python benchmarks/peers.py --quality --json --plot peers.png
 
 All engines are loaded once; every round measures each in turn, so that all see the same
-disturbances. llama.cpp's weights are requantised from the same file (Q4_0 for int4, Q8_0 for int8),
-OpenVINO's from its float values. Prints medians, our spread, and the medians of the ratios; --json
-writes everything to benchmarks/results/.
+disturbances; our share of the memory's bandwidth is that of what it gave the second before.
+llama.cpp's weights are requantised from the same file (Q4_0 for int4, Q8_0 for int8), OpenVINO's
+from its float values. Prints medians, our spread, and the medians of the ratios; --json writes
+everything to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -94,12 +95,16 @@ def measure(
     engines: list[Engine] = [ours, *peers]
     engines = [engine for engine in engines if case.seconds(engine) is not None]  # and warms up
     times: dict[str, list[float]] = {engine.name: [] for engine in engines}
+    bandwidths = []  # of memory, beside our own times
     for _ in range(rounds):
+        if case.kind == "decode":
+            bandwidths.append(_C.measure_peaks(ours.llm.threads)["read_bandwidth"])
         for engine in engines:
             times[engine.name].append(case.seconds(engine) or 0.0)
     mine = times[ours.name]
     tokens = case.tokens * case.batch
-    row = ours.benchmark.measurement(*case, mine).to_json()
+    row = ours.benchmark.measurement(*case, mine, bandwidths).to_json()
+    row["read_bandwidths"] = bandwidths
     row["engines"] = {
         name: {
             "tokens_per_second": statistics.median(tokens / t for t in all_times),

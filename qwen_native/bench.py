@@ -140,9 +140,20 @@ class Benchmark:
         return request
 
     def measurement(
-        self, kind: str, tokens: int, depth: int, batch: int, times: list[float]
+        self,
+        kind: str,
+        tokens: int,
+        depth: int,
+        batch: int,
+        times: list[float],
+        read_bandwidths: list[float] | None = None,
     ) -> Measurement:
-        """What the times of one case say beside the machine's peaks."""
+        """What the times of one case say beside the machine's peaks.
+
+        Args:
+            read_bandwidths: Bytes per second that memory gave when each of `times` was taken; on a
+                machine that is shared it changes within seconds. Default: the one of `peaks`.
+        """
         total = tokens * batch
         seconds = statistics.median(times)
         steps = 1 if kind == "prefill" else tokens
@@ -152,6 +163,7 @@ class Benchmark:
         )
         head_rows = 1 if kind == "prefill" else total
         operations: float = 2 * total * self._layer_weights() + 2 * head_rows * self._head_weights()
+        bandwidths = read_bandwidths or [self.peaks["read_bandwidth"]] * len(times)
         c = self.llm.config
         operations += total * mean_depth * 4 * c.num_layers * c.num_heads * c.head_dim
         return Measurement(
@@ -161,7 +173,9 @@ class Benchmark:
             batch,
             total / seconds,
             (max(times) - min(times)) / seconds,
-            bytes_read / seconds / self.peaks["read_bandwidth"],
+            statistics.median(
+                bytes_read / t / bandwidth for t, bandwidth in zip(times, bandwidths, strict=True)
+            ),
             operations / seconds / self._matrix_peak(),
         )
 
