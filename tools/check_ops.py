@@ -80,6 +80,7 @@ QUERIES = {  # in ops.h, but compute nothing
     "kv_page_bytes",
     "has_matmul",
     "token_cost",
+    "folded_tokens",
     "weight_format_from_name",
     "source_type_from_name",
 }

@@ -49,6 +49,7 @@ struct Int4Panel {
 
 constexpr bool kManyRegisters = QN_ISA_LEVEL >= 2;
 constexpr int64_t kPrefetchBytes = 4032;
+constexpr int64_t kMostTokens = 4;  // of a pass: more sums and results do not fit the registers
 
 /// Of the weights of a group of sixteen rows whose code is 8; scale and min as stored.
 QN_INLINE Vec int4_offset(Vec scale, Vec min, const PanelHeader* header, int half) {
@@ -197,11 +198,11 @@ struct Pass {
   int64_t token;          // the first one
 };
 
-/// Calls run<how many>(pass) for the tokens [begin, end), up to four at a time and nearly the same
-/// number in every pass.
+/// Calls run<how many>(pass) for the tokens [begin, end), up to kMostTokens at a time and nearly
+/// the same number in every pass.
 template <class Run>
 QN_INLINE void for_passes(int64_t begin, int64_t end, Run run) {
-  const int64_t count = (end - begin + 3) / 4;
+  const int64_t count = (end - begin + kMostTokens - 1) / kMostTokens;
   for (int64_t number = 0, token = begin; number < count; ++number) {
     const Pass pass = {number, count, token};
     const int64_t tokens = (end - token + count - number - 1) / (count - number);
