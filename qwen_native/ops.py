@@ -107,9 +107,9 @@ def linear(
     and f32 weights multiply in float32. Quantised weights multiply x rounded to int8 in groups of
     32 columns, those of "int8" in blocks of at most 512. Sums are float32 everywhere. A row of the
     result does not depend on the other rows of x or on the number of threads, bit for bit. The
-    exception are 4-bit weights above "scalar" without `invariant`: eight rows of x or more take a
-    faster kernel (docs/NUMERICS.md), which rounds x to int8 in blocks of 1024 columns and, from
-    "avx512" on, the weights to int8 with one scale per row.
+    exception are 4-bit weights above "scalar" without `invariant`: eight rows of x or more (32 on
+    AMD's processors with AVX-512) take a faster kernel (docs/NUMERICS.md), which rounds x to int8
+    in blocks of 1024 columns and, from "avx512" on, the weights to int8 with one scale per row.
 
     Args:
         x: [tokens, cols], f32, last axis dense.
@@ -494,8 +494,8 @@ def mlp(out: Any, x: Any, gate: Any, up: Any, down: Any, *, invariant: bool = Fa
     """Add a gated MLP to the residual stream: `out += (silu(x @ gate.T) * (x @ up.T)) @ down.T`.
 
     The same numbers as `linear`, `swiglu` and `linear` in turn, bit for bit, except with 4-bit
-    weights above "scalar" and eight rows of x or more, without `invariant`: then the inner
-    activations are rounded to int8 in blocks of 512 columns as they leave the first GEMM.
+    weights above "scalar" and as many rows of x as `linear` says, without `invariant`: then the
+    inner activations are rounded to int8 in blocks of 512 columns as they leave the first GEMM.
 
     Args:
         out: [tokens, hidden_out], f32, last axis dense; added to in place.
