@@ -67,7 +67,6 @@ struct BlockRange {
   int64_t begin, end;
 };
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
 
 BlockRange blocks_of(const AttentionItem& item, const Scratch& s) {

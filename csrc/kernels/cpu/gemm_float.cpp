@@ -26,12 +26,6 @@
 #endif
 
 namespace qn::cpu::QN_ISA {
-namespace {
-
-QN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-}  // namespace
-
 #if QN_ISA_LEVEL < 4
 
 namespace {
@@ -156,7 +150,7 @@ void row_group(const GemmFloatArgs& a, int64_t row, int64_t first_token, int64_t
   ColumnBlock block{0, 0, few};
   do {
     block.begin = block.end;
-    block.end = smaller(block.begin + width, a.cols);
+    block.end = least(block.begin + width, a.cols);
     int64_t token = first_token;
     for (; token + kTokenGroup <= end_token; token += kTokenGroup) {
       rows_by_tokens<W, R, kTokenGroup>(a, row, token, block, sums + (token - first_token));
@@ -169,9 +163,9 @@ void row_group(const GemmFloatArgs& a, int64_t row, int64_t first_token, int64_t
 
 template <typename W>
 void gemm_rows(const GemmFloatArgs& a, int64_t begin, int64_t end) {
-  const int64_t end_row = smaller(end * kPanelRows, a.rows);
+  const int64_t end_row = least(end * kPanelRows, a.rows);
   for (int64_t token = 0; token < a.tokens; token += kTokenChunk) {
-    const int64_t end_token = smaller(token + kTokenChunk, a.tokens);
+    const int64_t end_token = least(token + kTokenChunk, a.tokens);
     int64_t row = begin * kPanelRows;
     for (; row + kRowGroup <= end_row; row += kRowGroup) {
       row_group<W, kRowGroup>(a, row, token, end_token);
@@ -197,13 +191,13 @@ GemmWorkspace gemm_bf16_workspace(int64_t tokens, int64_t cols) {
 
 void gemm_bf16_pack_x(const GemmFloatArgs& args, int64_t begin, int64_t end) {
   const int64_t stride = Operand<bf16>::x_stride(args);
-  const int64_t last = smaller(end * kTokenTile, args.tokens);
+  const int64_t last = least(end * kTokenTile, args.tokens);
   for (int64_t token = begin * kTokenTile; token < last; ++token) {
     const float* from = args.x + token * args.x_stride;
     bf16* to = Operand<bf16>::x(args) + token * stride;
     for (int64_t k = 0; k < args.cols; k += Pairs::kLanes) {
-      const int64_t left = smaller(Pairs::kLanes, args.cols - k);
-      const int low = static_cast<int>(smaller(left, Vec::kLanes));
+      const int64_t left = least(Pairs::kLanes, args.cols - k);
+      const int low = static_cast<int>(least(left, Vec::kLanes));
       const int high = static_cast<int>(left) - low;
       Pairs::round(Vec::load(from + k, low),
                    high > 0 ? Vec::load(from + k + Vec::kLanes, high) : Vec::zero())
@@ -247,7 +241,7 @@ struct PackedX {
 
   QN_INLINE explicit PackedX(const GemmFloatArgs& a)
       : data(static_cast<const bf16*>(a.packed_x)),
-        tile_tokens(smaller(a.tokens, kTokenTile)),
+        tile_tokens(least(a.tokens, kTokenTile)),
         tiles((a.tokens + kTokenTile - 1) / kTokenTile),
         steps(step_count(a.cols)) {}
   QN_INLINE int64_t step_elements() const { return kStep * tile_tokens; }
@@ -333,8 +327,8 @@ QN_INLINE void take_sums(float* sums, bool first_block) {
 
 /// out for up to 32 rows x 32 tokens; the 128 bytes of a token are written together.
 QN_INLINE void write_out(const GemmFloatArgs& a, int64_t row, int64_t token, const float* sums) {
-  const int n0 = static_cast<int>(smaller(16, a.rows - row));
-  const int n1 = static_cast<int>(smaller(32, a.rows - row)) - n0;
+  const int n0 = static_cast<int>(least(16, a.rows - row));
+  const int n1 = static_cast<int>(least(32, a.rows - row)) - n0;
   const auto write = [&a](float* out, Vec value, Vec bias, int n) {
     value = value + bias;
     if (a.add) value = Vec::load(out, n) + value;
@@ -344,13 +338,13 @@ QN_INLINE void write_out(const GemmFloatArgs& a, int64_t row, int64_t token, con
   const Vec bias1 = a.bias != nullptr && n1 > 0 ? Vec::load(a.bias + row + 16, n1) : Vec::zero();
   for (int64_t tile = 0; tile < 2; ++tile) {
     const int64_t first = token + tile * 16;
-    const int64_t count = smaller(16, a.tokens - first);
+    const int64_t count = least(16, a.tokens - first);
     for (int64_t t = 0; t < count; t += 4) {
       __m512 rows0[4], rows1[4];
       transpose4(sums + tile * 256 + t, rows0);
       transpose4(sums + 512 + tile * 256 + t, rows1);
       float* out = a.out + (first + t) * a.out_stride + row;
-      for (int64_t u = 0; u < smaller(4, count - t); ++u, out += a.out_stride) {
+      for (int64_t u = 0; u < least(4, count - t); ++u, out += a.out_stride) {
         write(out, rows0[u], bias0, n0);
         if (n1 > 0) write(out + 16, rows1[u], bias1, n1);
       }
@@ -363,7 +357,7 @@ QN_INLINE void write_out(const GemmFloatArgs& a, int64_t row, int64_t token, con
 void pack_panel(const GemmFloatArgs& a, int64_t row, int64_t first_step, int64_t steps,
                 bf16* packed) {
   const bf16* w = static_cast<const bf16*>(a.weight) + row * a.weight_stride;
-  const int64_t rows = smaller(kPanelRows, a.rows - row);
+  const int64_t rows = least(kPanelRows, a.rows - row);
   for (int64_t s = 0; s < steps; ++s, packed += kStepElements) {
     const int64_t k = (first_step + s) * kStep;
     const __mmask32 mask =
@@ -432,8 +426,8 @@ void panel_group(const GemmFloatArgs& a, const PackedX& x, int64_t begin, int64_
       const int64_t share = (kPanelRows + pairs - 1) / pairs;
       for (int64_t tile = first_tile, pair = 0; tile < end_tile; tile += 2, ++pair) {
         const int64_t first_row = next_row + pair * share;
-        const int64_t row_limit = smaller(next_row + kPanelRows, a.rows);
-        const int64_t count = first_row < row_limit ? smaller(share, row_limit - first_row) : 0;
+        const int64_t row_limit = least(next_row + kPanelRows, a.rows);
+        const int64_t count = first_row < row_limit ? least(share, row_limit - first_row) : 0;
         const int64_t token = tile * kTokenTile;
         const Prefetch next{
             static_cast<const bf16*>(a.weight) + first_row * a.weight_stride + next_step * kStep,
@@ -441,7 +435,7 @@ void panel_group(const GemmFloatArgs& a, const PackedX& x, int64_t begin, int64_
             count,
             a.out + token * a.out_stride + row,
             a.out_stride,
-            block + 1 == blocks ? smaller(2 * kTokenTile, a.tokens - token) : 0};
+            block + 1 == blocks ? least(2 * kTokenTile, a.tokens - token) : 0};
         float* pair_sums = blocks == 1 ? staging : panel_sums + pair * kSumsPerPair;
         if (tile + 1 < end_tile) {
           zero_tiles<2>();
@@ -482,15 +476,15 @@ void gemm_bf16(const GemmFloatArgs& args, int64_t begin, int64_t end) {
   constexpr int64_t kChunkTiles = kTokenChunk / kTokenTile;
   for (int64_t tile = 0; tile < x.tiles; tile += kChunkTiles) {
     for (int64_t group = panel; group < end; group += kPanelGroup) {
-      panel_group(args, x, group, smaller(group + kPanelGroup, end), tile,
-                  smaller(tile + kChunkTiles, x.tiles));
+      panel_group(args, x, group, least(group + kPanelGroup, end), tile,
+                  least(tile + kChunkTiles, x.tiles));
     }
   }
 }
 
 GemmWorkspace gemm_bf16_workspace(int64_t tokens, int64_t cols) {
   const int64_t tiles = (tokens + kTokenTile - 1) / kTokenTile;
-  return {tiles * step_count(cols) * kStep * smaller(tokens, kTokenTile) * 2,
+  return {tiles * step_count(cols) * kStep * least(tokens, kTokenTile) * 2,
           kPanelGroup * kSumFloats * 4 + kMaxSteps * kStepElements * 2};
 }
 
@@ -498,12 +492,12 @@ void gemm_bf16_pack_x(const GemmFloatArgs& args, int64_t begin, int64_t end) {
   const PackedX packed(args);
   const int width = static_cast<int>(packed.tile_tokens);
   for (int64_t tile = begin; tile < end; ++tile) {
-    const int64_t tokens = smaller(kTokenTile, args.tokens - tile * kTokenTile);
+    const int64_t tokens = least(kTokenTile, args.tokens - tile * kTokenTile);
     alignas(64) float pairs[256] = {};
     for (int64_t s = 0; s < packed.steps; ++s) {
       const int64_t k = s * kStep;
-      const int64_t left = smaller(kStep, args.cols - k);
-      const int low = static_cast<int>(smaller(left, 16)), high = static_cast<int>(left) - low;
+      const int64_t left = least(kStep, args.cols - k);
+      const int low = static_cast<int>(least(left, 16)), high = static_cast<int>(left) - low;
       for (int64_t t = 0; t < tokens; ++t) {
         const float* from = args.x + (tile * kTokenTile + t) * args.x_stride + k;
         const Vec first = Vec::load(from, low);

@@ -25,8 +25,6 @@ constexpr int64_t kBlocksPackedTogether = 16;
 /// Tiles along the depth; one of zeros where there is none.
 int64_t steps_of(const MatmulArgs& a) { return a.depth > 0 ? (a.depth + 31) / 32 : 1; }
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 /// A matrix of bf16; elements beyond rows and cols read as zeros.
 struct Matrix {
   const bf16* data;

@@ -37,6 +37,8 @@
 
 namespace qn::cpu::QN_ISA {
 
+QN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 #if QN_ISA_LEVEL < 2
 QN_INLINE Vec silu(Vec x) { return x / (Vec(1.0f) + exp(Vec::zero() - x)); }
 #endif
