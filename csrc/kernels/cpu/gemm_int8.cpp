@@ -18,8 +18,9 @@ namespace {
 
 constexpr int kTokens = QN_ISA_LEVEL >= 2 ? 8 : 4;
 constexpr int64_t kPrefetchBytes = 1536;
-/// Where memory_streams is 2, up to so many tokens wait for memory: panels side by side and tokens
-/// at a time, measured on Zen 4.
+/// Where memory_streams is 2 (measured on Zen 4), so many tokens still wait for memory and read
+/// every panel's lines in ascending order, with so many panels side by side and so many tokens at a
+/// time.
 constexpr int64_t kMostOrderedTokens = 4;
 constexpr int kOrderedPanels = QN_ISA_LEVEL == 1 ? 1 : kFewStreams;
 constexpr int kOrderedTokens = QN_ISA_LEVEL == 1 ? 4 : 2;
@@ -136,48 +137,29 @@ QN_INLINE void gemm_block(const GemmFoldedArgs& a, int64_t first, int64_t step, 
   }
 }
 
-/// Few tokens, of one tile, kCount at a time: the panels are cut into kPanels runs that are walked
-/// side by side.
+/// Tokens [token, end) of one tile with the panels first, first + step, ..., kCount at a time;
+/// fetch(token, how many) is the Fetch of these.
+template <int kPanels, int kCount, int64_t kAhead, class FetchOf>
+void gemm_tokens(const GemmFoldedArgs& a, int64_t first, int64_t step, int64_t token, int64_t end,
+                 FetchOf fetch) {
+  for (; token + kCount <= end; token += kCount) {
+    gemm_block<kPanels, kCount, kAhead>(a, first, step, token, fetch(token, kCount));
+  }
+  if constexpr (kCount > 1) {
+    if (token < end) gemm_tokens<kPanels, kCount / 2, kAhead>(a, first, step, token, end, fetch);
+  }
+}
+
+/// Few tokens, of one tile: the panels are cut into kPanels runs that are walked side by side.
 template <int kPanels, int kCount, int64_t kAhead>
 void gemm_streams(const GemmFoldedArgs& a, int64_t begin, int64_t end) {
   const int64_t run = (end - begin) / kPanels;
   for (int64_t panel = begin; panel < begin + run; ++panel) {
-    int64_t token = 0;
-    for (; token + kCount <= a.x.tokens; token += kCount) {
-      gemm_block<kPanels, kCount, kAhead>(a, panel, run, token);
-    }
-    if (kCount > 2 && token + 2 <= a.x.tokens) {
-      gemm_block<kPanels, 2, kAhead>(a, panel, run, token);
-      token += 2;
-    }
-    if (token < a.x.tokens) gemm_block<kPanels, 1, kAhead>(a, panel, run, token);
+    gemm_tokens<kPanels, kCount, kAhead>(a, panel, run, 0, a.x.tokens,
+                                         [](int64_t, int64_t) { return Fetch{}; });
   }
   if constexpr (kPanels > 1) {
     gemm_streams<kPanels - 1, kCount, kAhead>(a, begin + run * kPanels, end);
-  }
-}
-
-/// More tokens, [token, end) of one tile: the panel stays in L2 while they pass, and the next one
-/// is fetched meanwhile. The first panel of a range looks ahead for itself.
-template <int kCount>
-void gemm_passes(const GemmFoldedArgs& a, int64_t panel, bool first, bool last, int64_t token,
-                 int64_t end) {
-  const int64_t steps = folded_cols(a.cols) / kInt8GroupSize;
-  const uint8_t* here = static_cast<const uint8_t*>(a.weight) +
-                        panel * panel_bytes(WeightFormat::Int8, a.cols) + sizeof(Int8PanelHeader);
-  for (; token + kCount <= end; token += kCount) {
-    Fetch fetch{};
-    if (token == 0 && first) {
-      fetch = {here + kPrefetchBytes, kInt8BlockBytes};
-    } else if (token < kTokenTile && !last) {
-      const int64_t tile = a.x.tokens < kTokenTile ? a.x.tokens : kTokenTile;
-      const int64_t bytes = (kInt8BlockBytes * kCount / tile + 63) / 64 * 64;
-      fetch = {here + (steps * kInt8BlockBytes) * (tile + token) / tile, bytes};
-    }
-    gemm_block<1, kCount, 0>(a, panel, 1, token, fetch);
-  }
-  if constexpr (kCount > 1) {
-    if (token < end) gemm_passes<kCount / 2>(a, panel, first, last, token, end);
   }
 }
 
@@ -190,19 +172,16 @@ void gemm_int8(const GemmFoldedArgs& a, int64_t begin, int64_t end) {
   if (a.streams == 4 && a.x.tokens < kFewTokens) {
     return gemm_streams<kStreams, 2, kPrefetchBytes>(a, begin, end);
   }
-  const int64_t fitting = kActivationBytesPerPass / (folded_cols(a.cols) * kTokenTile + 1);
-  const int64_t pass = (fitting > 1 ? fitting : 1) * kTokenTile;
-  for (int64_t pass_begin = 0; pass_begin < a.x.tokens; pass_begin += pass) {
-    const int64_t left = a.x.tokens - pass_begin;
-    const int64_t pass_end = pass_begin + (left < pass ? left : pass);
-    for (int64_t panel = begin; panel < end; ++panel) {
-      for (int64_t token = pass_begin; token < pass_end; token += kTokenTile) {
-        const int64_t rest = pass_end - token;
-        gemm_passes<kTokens>(a, panel, panel == begin, panel + 1 == end, token,
-                             token + (rest < kTokenTile ? rest : kTokenTile));
-      }
-    }
-  }
+  const int64_t panel_size = panel_bytes(WeightFormat::Int8, a.cols);
+  const int64_t steps = folded_cols(a.cols) / kInt8GroupSize;
+  for_panel_tiles(a.x.tokens, folded_cols(a.cols), begin, end, [&](const PanelTile& tile) {
+    const uint8_t* blocks =
+        static_cast<const uint8_t*>(a.weight) + tile.panel * panel_size + sizeof(Int8PanelHeader);
+    gemm_tokens<1, kTokens, 0>(
+        a, tile.panel, 1, tile.begin, tile.end, [&](int64_t token, int64_t count) {
+          return fetch_of(tile, token, count, blocks, steps, kInt8BlockBytes, kPrefetchBytes);
+        });
+  });
 }
 
 }  // namespace qn::cpu::QN_ISA

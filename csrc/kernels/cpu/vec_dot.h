@@ -22,12 +22,37 @@
 namespace qn::cpu::QN_ISA {
 
 /// How gemm_int8.cpp and vec_panel_gemm.h walk panels of 2 x 16 rows: side by side where
-/// memory_streams is 4, and where it is 2.
+/// memory_streams is 4, and where it is 2; where it is 4, fewer than kFewTokens walk them so.
 constexpr int kHalves = 2;
 constexpr int kStreams = QN_ISA_LEVEL >= 1 ? 4 : 1;
 constexpr int kFewStreams = QN_ISA_LEVEL >= 1 ? 2 : 1;
-constexpr int64_t kFewTokens = 8;  // fewer wait for memory more than they compute
+constexpr int64_t kFewTokens = 8;
 constexpr int64_t kActivationBytesPerPass = 1 << 20;  // what stays in L2 beside a panel
+
+/// A tile of tokens and a panel that they meet.
+struct PanelTile {
+  int64_t panel, begin, end;  // the tokens, one or up to kTokenTile
+  bool first_tile;            // of those that the panel meets in a row
+  bool first_panel, last_panel;
+};
+
+/// Calls run(tile) for all tokens and the panels [begin, end): a panel stays in L2 while as many
+/// tokens meet it as fit there, too; a token takes row_bytes.
+template <class Run>
+QN_INLINE void for_panel_tiles(int64_t tokens, int64_t row_bytes, int64_t begin, int64_t end,
+                               Run run) {
+  const int64_t fitting = kActivationBytesPerPass / (row_bytes * kTokenTile + 1);
+  const int64_t together = (fitting > 1 ? fitting : 1) * kTokenTile;
+  for (int64_t from = 0, to; from < tokens; from = to) {
+    to = least(from + together, tokens);
+    for (int64_t panel = begin; panel < end; ++panel) {
+      for (int64_t token = from; token < to; token += kTokenTile) {
+        run(PanelTile{panel, token, least(token + kTokenTile, to), token == from, panel == begin,
+                      panel + 1 == end});
+      }
+    }
+  }
+}
 
 /// Memory to be fetched into L2 while tokens pass a panel: `bytes` with each of its steps.
 struct Fetch {
@@ -40,6 +65,20 @@ struct Fetch {
     }
   }
 };
+
+/// What `count` tokens from `token` on fetch while they pass the panel whose `steps` of step_bytes
+/// begin at `here`: their share of the next panel, in whole lines, so that memory never rests. Only
+/// the first panel of a range nobody has fetched: its first tokens look `ahead` bytes for
+/// themselves and leave their share of the second one.
+QN_INLINE Fetch fetch_of(const PanelTile& tile, int64_t token, int64_t count, const uint8_t* here,
+                         int64_t steps, int64_t step_bytes, int64_t ahead) {
+  if (!tile.first_tile) return {};
+  if (tile.first_panel && token == tile.begin) return {here + ahead, step_bytes};
+  if (tile.last_panel) return {};
+  const int64_t tokens = tile.end - tile.begin;
+  return {here + steps * step_bytes * (tokens + token - tile.begin) / tokens,
+          (step_bytes * count / tokens + 63) / 64 * 64};
+}
 
 /// Where a token's groups are in QuantizedActivations: elements first, first + stride, ...
 struct ActivationSlot {

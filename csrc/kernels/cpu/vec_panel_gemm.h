@@ -13,14 +13,16 @@
 // The sums are exact and every element sees the same float operations in the same order whatever
 // the number of tokens, so its bits do not depend on the batch. (Int4 is centred like that because
 // sums of uncentred codes and of mins are large and nearly cancel.) Tokens go through registers up
-// to four at a time, beside both halves of a panel, while the panel stays in L1 or L2.
+// to four at a time while the panel stays in L1 or L2; from avx512 on beside both of its halves,
+// which share what is loaded from x.
 //
-// A single token waits for memory, and what makes it fast depends on the processor
-// (memory_streams). Intel's: four panels at once, a cache line of each in turn, as one sequential
-// stream per core does not fill the queue of outstanding cache misses; prefetched 4 KB ahead, also
-// over the end of a panel into the next one; up to seven tokens in the same way. AMD's: two panels
-// at once, every panel's lines in ascending order and no prefetches (they cost a fifth of the
-// speed). More tokens compute longer than they read, and fetch the next panel meanwhile.
+// Up to four tokens wait for memory, and what makes it fast depends on the processor
+// (memory_streams). Intel's: four panels at once, a single token a cache line of each in turn, as
+// one sequential stream per core does not fill the queue of outstanding cache misses; prefetched
+// 4 KB ahead, also over the end of a panel into the next one; up to seven tokens in the same way.
+// AMD's: every panel's lines in ascending order and no prefetches (they cost a fifth of the speed),
+// two panels at once for a single token. More tokens compute longer than they read, and fetch the
+// next panel meanwhile (fetch_of).
 #pragma once
 #include "kernels/cpu/vec_dot.h"
 
@@ -49,7 +51,7 @@ struct Int4Panel {
 
 constexpr bool kManyRegisters = QN_ISA_LEVEL >= 2;
 constexpr int64_t kPrefetchBytes = 4032;
-constexpr int64_t kMostTokens = 4;  // of a pass: more sums and results do not fit the registers
+constexpr int64_t kMostTokens = 4;  // at once: more results do not fit the registers of avx512
 
 /// Of the weights of a group of sixteen rows whose code is 8; scale and min as stored.
 QN_INLINE Vec int4_offset(Vec scale, Vec min, const PanelHeader* header, int half) {
@@ -192,25 +194,18 @@ QN_INLINE void gemm_block(const GemmQuantizedArgs& a, int64_t first, int64_t ste
   }
 }
 
-/// Tokens that pass a panel together.
-struct Pass {
-  int64_t number, count;  // of the passes of a tile
-  int64_t token;          // the first one
-};
-
-/// Calls run<how many>(pass) for the tokens [begin, end), up to kMostTokens at a time and nearly
-/// the same number in every pass.
+/// Calls run<how many>(first) for the tokens [begin, end), up to kMostTokens at a time and nearly
+/// the same number every time.
 template <class Run>
 QN_INLINE void for_passes(int64_t begin, int64_t end, Run run) {
-  const int64_t count = (end - begin + kMostTokens - 1) / kMostTokens;
-  for (int64_t number = 0, token = begin; number < count; ++number) {
-    const Pass pass = {number, count, token};
-    const int64_t tokens = (end - token + count - number - 1) / (count - number);
-    if (tokens == 1) run.template operator()<1>(pass);
-    if (tokens == 2) run.template operator()<2>(pass);
-    if (tokens == 3) run.template operator()<3>(pass);
-    if (tokens == 4) run.template operator()<4>(pass);
-    token += tokens;
+  static_assert(kMostTokens == 4, "one call for each number of tokens");
+  for (int64_t passes = (end - begin + kMostTokens - 1) / kMostTokens; passes > 0; --passes) {
+    const int64_t tokens = (end - begin + passes - 1) / passes;
+    if (tokens == 1) run.template operator()<1>(begin);
+    if (tokens == 2) run.template operator()<2>(begin);
+    if (tokens == 3) run.template operator()<3>(begin);
+    if (tokens == 4) run.template operator()<4>(begin);
+    begin += tokens;
   }
 }
 
@@ -219,8 +214,8 @@ template <class Format, int kPanels, int64_t kAhead>
 void gemm_streams(const GemmQuantizedArgs& a, int64_t begin, int64_t end) {
   const int64_t run = (end - begin) / kPanels;
   for (int64_t panel = begin; panel < begin + run; ++panel) {
-    for_passes(0, a.x.tokens, [&]<int kTokens>(const Pass& pass) {
-      gemm_block<Format, kPanels, kTokens, kAhead>(a, panel, run, pass.token);
+    for_passes(0, a.x.tokens, [&]<int kTokens>(int64_t token) {
+      gemm_block<Format, kPanels, kTokens, kAhead>(a, panel, run, token);
     });
   }
   if constexpr (kPanels > 1) {
@@ -228,42 +223,23 @@ void gemm_streams(const GemmQuantizedArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-/// What a pass over a panel fetches: an equal share of the next one. The first panel of a range,
-/// which nobody has fetched, looks ahead for itself. Up to four tokens wait for memory anyway and
-/// are faster without.
-template <class Format>
-Fetch fetch_of(const uint8_t* panel, int64_t groups, const Pass& pass, bool first, bool last) {
-  const uint8_t* blocks = panel + Format::kHeader;
-  if (pass.count == 1) return {};
-  if (first && pass.number == 0) return {blocks + kPrefetchBytes, Format::kBlock};
-  if (last) return {};
-  const int64_t step = (Format::kBlock / pass.count + 63) / 64 * 64;
-  return {blocks + groups * (Format::kBlock + pass.number * step), step};
-}
-
-/// More tokens: a panel stays in L2 while they pass.
+/// More tokens. Up to kMostTokens wait for memory as a single one does, and are faster without
+/// fetching.
 template <class Format>
 void gemm_passes(const GemmQuantizedArgs& a, int64_t begin, int64_t end) {
   const int64_t groups = group_count(a.cols);
   const int64_t panel_size = Format::kHeader + groups * Format::kBlock;
-  const int64_t fitting = kActivationBytesPerPass / (groups * kGroupSize * kTokenTile + 1);
-  const int64_t share = (fitting > 1 ? fitting : 1) * kTokenTile;
-  const auto earlier = [](int64_t x, int64_t y) { return x < y ? x : y; };
-  for (int64_t from = 0, to; from < a.x.tokens; from = to) {
-    to = earlier(from + share, a.x.tokens);
-    for (int64_t panel = begin; panel < end; ++panel) {
-      const uint8_t* here = static_cast<const uint8_t*>(a.weight) + panel * panel_size;
-      for (int64_t tile = from; tile < to; tile += kTokenTile) {
-        for_passes(tile, earlier(tile + kTokenTile, to), [&]<int kTokens>(const Pass& pass) {
-          Fetch fetch{};
-          if (tile == from) {
-            fetch = fetch_of<Format>(here, groups, pass, panel == begin, panel + 1 == end);
-          }
-          gemm_block<Format, 1, kTokens, 0>(a, panel, 1, pass.token, fetch);
-        });
+  for_panel_tiles(a.x.tokens, groups * kGroupSize, begin, end, [&](const PanelTile& tile) {
+    const uint8_t* blocks =
+        static_cast<const uint8_t*>(a.weight) + tile.panel * panel_size + Format::kHeader;
+    for_passes(tile.begin, tile.end, [&]<int kTokens>(int64_t token) {
+      Fetch fetch{};
+      if (a.x.tokens > kMostTokens) {
+        fetch = fetch_of(tile, token, kTokens, blocks, groups, Format::kBlock, kPrefetchBytes);
       }
-    }
-  }
+      gemm_block<Format, 1, kTokens, 0>(a, tile.panel, 1, token, fetch);
+    });
+  });
 }
 
 /// Panels [begin, end).
