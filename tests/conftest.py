@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -28,13 +29,27 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     ops.set_isa(before)
 
 
-@pytest.fixture
-def folded_from_8() -> Iterator[None]:
-    """4-bit weights take the folded kernel from 8 tokens on, whatever this processor prefers."""
+@contextmanager
+def walking_panels(streams: int) -> Iterator[None]:
     before = _C.memory_streams()
-    _C.set_memory_streams(4)
+    _C.set_memory_streams(streams)
     yield
     _C.set_memory_streams(before)
+
+
+@pytest.fixture(params=[2, 4])
+def memory_streams(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Runs the test as on AMD's processors and as on Intel's: they differ in how few tokens walk
+    panels and in from how many tokens on weights are folded."""
+    with walking_panels(request.param):
+        yield
+
+
+@pytest.fixture
+def folded_from_8() -> Iterator[None]:
+    """4-bit weights are folded from 8 tokens on, int8 from 6, whatever this processor prefers."""
+    with walking_panels(4):
+        yield
 
 
 @pytest.fixture

@@ -111,6 +111,7 @@ def test_strides_segments_and_guards(isa, rng, tokens, invariant):
     assert (storage == 77.0).all()
 
 
+@pytest.mark.usefixtures("memory_streams")
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("rows,cols", [(170, 896), (33, 75), (215, 75)])
 def test_bits_do_not_depend_on_batch_or_threads(isa, rng, rows, cols, fmt):
@@ -134,8 +135,9 @@ def test_bits_do_not_depend_on_batch_or_threads(isa, rng, rows, cols, fmt):
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_panels_side_by_side_change_nothing(isa, rng, fmt):
-    """Two or four, with runs of panels that leave a rest, and on both sides of where int8 changes
-    its kernel: exact 4-bit batches and int8 ones of any size have the same bits."""
+    """Two or four, with runs of panels that leave a rest, and on both sides of where int8 and 4-bit
+    weights change their kernels: exact 4-bit batches and int8 ones of any size have the same
+    bits."""
     before = _C.memory_streams()
     results = {}
     try:
@@ -159,9 +161,15 @@ def test_panels_side_by_side_change_nothing(isa, rng, fmt):
         _C.set_memory_streams(3)
 
 
-def test_int8_bits_with_more_panels_than_stay_in_l2(isa, rng):
-    """Several passes over the tokens and over the columns; single tokens take another kernel."""
-    x, weight, bias = make(rng, "int8", 70, 500, 4100)  # 16 panels, of which 7 fit
+@pytest.mark.usefixtures("memory_streams")
+@pytest.mark.parametrize(
+    "rows,cols",
+    # 16 panels, of which gemm_folded keeps 7; more than gemm_int8 keeps of 70 tokens
+    [(500, 4100), (70, 18944)],
+)
+def test_int8_bits_with_more_than_stays_in_l2(isa, rng, rows, cols):
+    """Several passes over the tokens and over the columns; single tokens are walked otherwise."""
+    x, weight, bias = make(rng, "int8", 70, rows, cols)
     x = x[: 10 if isa == "scalar" else 70]
     threads = _C.op_threads()
     try:
@@ -297,6 +305,7 @@ def test_folded_rows_do_not_depend_on_each_other(isa, rng, fmt):
         assert torch.equal(part, whole[300 - tokens :]), tokens
 
 
+@pytest.mark.usefixtures("memory_streams")
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("tokens", [1, 3, 20, 50])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -310,6 +319,7 @@ def test_nan_and_infinity_stay_in_their_row(isa, rng, tokens, value, invariant, 
     assert torch.isfinite(out[others]).all()
 
 
+@pytest.mark.usefixtures("memory_streams")
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_extreme_magnitudes(isa, rng, fmt):
     """Neither the smallest nor the largest numbers of float32 overflow on the way."""
@@ -323,6 +333,7 @@ def test_extreme_magnitudes(isa, rng, fmt):
             assert ((out.double() - ref).abs() <= limit).all()
 
 
+@pytest.mark.usefixtures("memory_streams")
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_zero_weights_and_no_tokens(isa, rng, fmt):
     weight = Weight(rng, fmt, 35, 64, scale=0.0)

@@ -83,6 +83,7 @@ def test_folded(isa, rng, fmt, tokens, inter, hidden):
         assert relative_error(out, inner @ d.T) < 0.015
 
 
+@pytest.mark.usefixtures("memory_streams")
 @pytest.mark.parametrize(
     "tokens,inter,hidden",
     # the last one: more weights than stay in L2, and more columns than fit L1
@@ -138,6 +139,7 @@ def test_folded_rows_do_not_depend_on_each_other(isa, rng, fmt, count):
         _C.set_op_threads(threads)
 
 
+@pytest.mark.usefixtures("memory_streams")
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_infinity_stay_in_their_row(isa, rng, fmt, value):
