@@ -20,15 +20,16 @@ def memory_streams() -> int:
     """Panels of weights that decoding walks side by side: 2 on AMD's processors, else 4."""
 
 def set_memory_streams(count: int) -> None:
-    """For tests and measurements; changes no result but those of 4-bit weights between the numbers
-    that folded_tokens() then is.
+    """For tests and measurements; changes folded_tokens(), and so the result of 4-bit weights for
+    a number of tokens that is folded with one count and not with the other, but no other result.
 
     Raises:
         ValueError: `count` is neither 2 nor 4.
     """
 
 def folded_tokens() -> int:
-    """From this many tokens on, `ops.linear` folds 4-bit weights unless it is `invariant`."""
+    """From this many tokens on, `ops.linear` folds 4-bit weights unless it is `invariant`, at the
+    levels above "scalar"."""
 
 def set_isa(name: str) -> None:
     """Switch the process to a level; not while ops run."""

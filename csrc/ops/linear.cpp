@@ -240,7 +240,8 @@ void linear(const TensorView& out, const TensorView& x, std::span<const LinearSe
   const int threads = context.pool.threads();
   char* scratch = context.workspace.allocate_array<char>(scratch_bytes * threads);
 
-  const int64_t grain = x.shape[0] < folded_tokens() ? streamed_chunk(units, threads)
+  constexpr int64_t kStreamedTokens = 8;  // fewer read as fast as memory gives
+  const int64_t grain = x.shape[0] < kStreamedTokens ? streamed_chunk(units, threads)
                                                      : balanced_chunk(units, threads);
   context.pool.parallel_for(units, grain, [&](int64_t begin, int64_t end, int thread) {
     for (const Job& job : jobs) {

@@ -123,8 +123,8 @@ enum class Epilogue : uint8_t {
   Add,    // out += x W^T + bias (the residual stream)
 };
 
-/// From this many tokens on, 4-bit weights take the folded kernel unless `invariant` is asked for;
-/// which number it is depends on the processor and on the active level.
+/// From this many tokens on, 4-bit weights take the folded kernel, where the active level has one,
+/// unless `invariant` is asked for. The number depends on the level and on memory_streams.
 int64_t folded_tokens();
 
 /// Segments share x, which is quantised or converted once, and one parallel region. All segments
@@ -270,7 +270,7 @@ void matmul(const TensorView& out, const TensorView& a, bool a_transposed, const
             bool b_transposed, const TensorView* bias, bool add, const ExecContext& context);
 
 /// About what one more token adds to the time of linear with one token and quantised weights, as a
-/// share of it, at the active level.
+/// share of it, at the active level and with these memory_streams.
 double token_cost();
 
 /// Index of the largest element, the first one of equals. NaN never wins; throws Error when there
