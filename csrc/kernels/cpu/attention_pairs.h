@@ -10,15 +10,14 @@ namespace {
 struct PairPath : Bf16Path {
   static void run(const AttentionArgs& a, const AttentionItem& item, Scratch& s,
                   const PartResults& results) {
-    const bool few = item.rows <= kMostRows;
-    if (a.kv.dtype == DType::I8) {
-      return few ? run<true, true>(a, item, s, results) : run<true, false>(a, item, s, results);
-    }
-    few ? run<false, true>(a, item, s, results) : run<false, false>(a, item, s, results);
+    a.kv.dtype == DType::I8 ? run<true>(a, item, s, results) : run<false>(a, item, s, results);
   }
 
  private:
+  /// What becomes of the next block while a block is multiplied.
+  enum class Next { Untouched, ToL1, ToL2 };
   static constexpr int kMostRows = 8;
+  static constexpr int64_t kL1Bytes = 32 << 10;
   static constexpr int kRowBytes = kDepth * static_cast<int>(sizeof(bf16));  // of queries and probs
 
   /// Columns side by side, as Vecs: sums enough for none to wait for another.
@@ -31,6 +30,12 @@ struct PairPath : Bf16Path {
     if constexpr (kMost > 1) {
       if (begin < end) for_rows<kMost - 1>(begin, end, fn);
     }
+  }
+
+  template <Next kNext>
+  static QN_INLINE void fetch(const char* line) {
+    if constexpr (kNext == Next::ToL1) __builtin_prefetch(line, 0, 3);
+    if constexpr (kNext == Next::ToL2) __builtin_prefetch(line, 0, 2);
   }
 
   /// Sixteen pairs of a page; kRead: the type in memory.
@@ -83,7 +88,7 @@ struct PairPath : Bf16Path {
   }
 
   /// scores = q k^T of one block.
-  template <DType kRead, bool kFew>
+  template <DType kRead, Next kNext>
   static void multiply_keys(const AttentionArgs& a, const AttentionItem& item, const Block& block,
                             const Block& next, Scratch& s) {
     constexpr int kVecBytes = kRead == DType::I8 ? 32 : 64, kGroupVecs = kGroup / Vec::kLanes;
@@ -98,9 +103,7 @@ struct PairPath : Bf16Path {
         const auto at = [&](int64_t depth, int pair, int v) {
           const int64_t offset =
               ((depth * (kDepth / 2) + pair) * kGroupVecs + v % kGroupVecs) * kVecBytes;
-          if (kFew && v * kVecBytes % 64 == 0) {
-            __builtin_prefetch(after[v / kGroupVecs] + offset, 0, 3);
-          }
+          if (v * kVecBytes % 64 == 0) fetch<kNext>(after[v / kGroupVecs] + offset);
           return block.keys[g + v / kGroupVecs] + offset;
         };
         multiply<kRead, rows.value, groups.value * kGroupVecs>(
@@ -111,7 +114,7 @@ struct PairPath : Bf16Path {
   }
 
   /// out (+)= p v of one block.
-  template <DType kRead, bool kFew>
+  template <DType kRead, Next kNext>
   static void multiply_values(const AttentionArgs& a, const AttentionItem& item, const Block& block,
                               const Block& next, const Scratch& s, float* out) {
     constexpr int kVecBytes = kRead == DType::I8 ? 32 : 64;
@@ -121,9 +124,9 @@ struct PairPath : Bf16Path {
       in_steps<columns_beside(rows.value)>(0, vecs, [&](int vec, auto beside) {
         const auto at = [&](int64_t group, int pair, int v) {
           const int64_t offset = pair * pair_bytes + (vec + v) * kVecBytes;
-          if (kFew && v * kVecBytes % 64 == 0) {
+          if (v * kVecBytes % 64 == 0) {
             const int later = static_cast<int>(group) + block.groups;
-            __builtin_prefetch(ahead(&Block::values, block, next, later) + offset, 0, 3);
+            fetch<kNext>(ahead(&Block::values, block, next, later) + offset);
           }
           return block.values[group] + offset;
         };
@@ -135,11 +138,26 @@ struct PairPath : Bf16Path {
     });
   }
 
-  /// Few rows read codes of int8 pages from these and ask for the next block; for many, a block's
-  /// codes are widened once, and other items are likely to read the same pages.
-  template <bool kInt8, bool kFew>
+  /// Few rows read codes of int8 pages from these and ask for the next block, beside which this one
+  /// shall stay in L1; for many, a block's codes are widened once, and other items are likely to
+  /// read the same pages.
+  template <bool kInt8>
   static void run(const AttentionArgs& a, const AttentionItem& item, Scratch& s,
                   const PartResults& results) {
+    const int64_t block_bytes = 2 * kBlock * a.kv.head_dim * dtype_size(a.kv.dtype);
+    if (item.rows > kMostRows) {
+      run<kInt8, Next::Untouched>(a, item, s, results);
+    } else if (2 * block_bytes <= kL1Bytes) {
+      run<kInt8, Next::ToL1>(a, item, s, results);
+    } else {
+      run<kInt8, Next::ToL2>(a, item, s, results);
+    }
+  }
+
+  template <bool kInt8, Next kNext>
+  static void run(const AttentionArgs& a, const AttentionItem& item, Scratch& s,
+                  const PartResults& results) {
+    constexpr bool kFew = kNext != Next::Untouched;
     constexpr DType kRead = kInt8 && kFew ? DType::I8 : DType::BF16;
     const BlockRange range = blocks_of(item, s);
     Softmax& softmax = s.softmax[0];
@@ -156,7 +174,7 @@ struct PairPath : Bf16Path {
       if constexpr (kInt8) load_value_scales(block, s);
       if (block.starts_part) start_part(softmax, item.rows);
       start_block(softmax, item.rows);
-      multiply_keys<kRead, kFew>(a, item, block, next, s);
+      multiply_keys<kRead, kNext>(a, item, block, next, s);
       if (block.groups == kGroups) {
         run_rows(Rows<true>{block, softmax, s, s.scores[0], s.probs[0], item.rows, kInt8});
       } else {
@@ -164,7 +182,7 @@ struct PairPath : Bf16Path {
       }
       float* const out = results.out(block);
       if (!block.starts_part) rescale_rows(softmax, item.rows, a.kv.head_dim, out);
-      multiply_values<kRead, kFew>(a, item, block, next, s, out);
+      multiply_values<kRead, kNext>(a, item, block, next, s, out);
       if (block.ends_part) results.finish(block, softmax);
     }
   }

@@ -77,16 +77,28 @@ QN_INLINE void multiply_rows(const float* a, int64_t a_stride, const T* b, int64
 constexpr int kVecs = QN_ISA_LEVEL >= 2 ? 2 : 1;
 constexpr int kRowBlock = QN_ISA_LEVEL >= 2 ? 8 : QN_ISA_LEVEL == 1 ? 6 : 4;
 
-template <typename T, int V, int R = kRowBlock>
+/// The same of up to R rows.
+template <typename T, int V, int R>
+QN_INLINE void multiply_pass(int64_t rows, const float* a, int64_t a_stride, const T* b,
+                             int64_t b_stride, int64_t n, float* c, int64_t c_stride,
+                             bool accumulate) {
+  if (rows == R) {
+    multiply_rows<T, V, R>(a, a_stride, b, b_stride, n, c, c_stride, accumulate);
+  } else if constexpr (R > 1) {
+    multiply_pass<T, V, R - 1>(rows, a, a_stride, b, b_stride, n, c, c_stride, accumulate);
+  }
+}
+
+/// The same for any number of rows, in passes of nearly as many each.
+template <typename T, int V>
 void multiply(int64_t rows, const float* a, int64_t a_stride, const T* b, int64_t b_stride,
               int64_t n, float* c, int64_t c_stride, bool accumulate) {
-  for (; rows >= R; rows -= R) {
-    multiply_rows<T, V, R>(a, a_stride, b, b_stride, n, c, c_stride, accumulate);
-    a += R * a_stride;
-    c += R * c_stride;
-  }
-  if constexpr (R > 1) {
-    if (rows > 0) multiply<T, V, R - 1>(rows, a, a_stride, b, b_stride, n, c, c_stride, accumulate);
+  for (int64_t passes = (rows + kRowBlock - 1) / kRowBlock; passes > 0; --passes) {
+    const int64_t count = (rows + passes - 1) / passes;
+    multiply_pass<T, V, kRowBlock>(count, a, a_stride, b, b_stride, n, c, c_stride, accumulate);
+    rows -= count;
+    a += count * a_stride;
+    c += count * c_stride;
   }
 }
 
@@ -177,26 +189,36 @@ struct VecPath {
   static constexpr int kStep = kVecs * Vec::kLanes;
   static constexpr int kSums = QN_ISA_LEVEL >= 2 ? 8 : 4;  // Vecs of one row in registers
 
+  /// Rows that are multiplied side by side. A single one that these would leave goes alone, with
+  /// more columns.
+  static int rows_together(int rows) { return rows % kRowBlock == 1 ? rows - 1 : rows; }
+
   template <typename U>
   static void multiply_keys(const AttentionArgs& a, const AttentionItem& item, const Block& block,
                             Scratch& s) {
     constexpr int kInterleave = sizeof(U) < 4 ? 2 : 1, kVecsOfGroup = kGroup / Vec::kLanes;
     const U* keys[kGroups];
     for (int g = 0; g < block.groups; ++g) keys[g] = reinterpret_cast<const U*>(block.keys[g]);
-    int g = 0;
-    if (item.rows == 1) {
-      constexpr int kTogether = kSums / kVecsOfGroup;
-      for (; g + kTogether <= block.groups; g += kTogether) {
-        multiply_one_row<U, kTogether, kVecsOfGroup>(
-            s.query, keys + g, key_stride(a.kv), a.kv.head_dim, s.scores[0] + g * kGroup, false);
-      }
-    }
-    for (; g < block.groups; ++g) {
+    const int many = rows_together(item.rows);
+    for (int g = 0; g < block.groups; ++g) {
       for (int key = 0; key < kGroup; key += kStep) {
-        multiply<U, kVecs>(item.rows, s.query, a.kv.head_dim, keys[g] + key * kInterleave,
+        multiply<U, kVecs>(many, s.query, a.kv.head_dim, keys[g] + key * kInterleave,
                            key_stride(a.kv), a.kv.head_dim, s.scores[0] + g * kGroup + key,
                            kScoreStride, false);
       }
+    }
+    if (many == item.rows) return;
+    const float* const query = s.query + many * a.kv.head_dim;
+    float* const scores = s.scores[0] + many * kScoreStride;
+    constexpr int kTogether = kSums / kVecsOfGroup;
+    int g = 0;
+    for (; g + kTogether <= block.groups; g += kTogether) {
+      multiply_one_row<U, kTogether, kVecsOfGroup>(query, keys + g, key_stride(a.kv), a.kv.head_dim,
+                                                   scores + g * kGroup, false);
+    }
+    for (; g < block.groups; ++g) {
+      multiply_one_row<U, 1, kVecsOfGroup>(query, keys + g, key_stride(a.kv), a.kv.head_dim,
+                                           scores + g * kGroup, false);
     }
   }
 
@@ -205,22 +227,30 @@ struct VecPath {
                               const Scratch& s, float* out) {
     constexpr int kInterleave = sizeof(U) < 4 ? 2 : 1, kMost = kSums * Vec::kLanes;
     const int64_t head_dim = a.kv.head_dim;
+    const int many = rows_together(item.rows);
     for (int g = 0; g < block.groups; ++g) {
       const U* values = reinterpret_cast<const U*>(block.values[g]);
       const float* probs = s.scores[0] + g * kGroup;
       const bool accumulate = g > 0 || !block.starts_part;
       int64_t dim = 0;
-      for (; item.rows == 1 && dim + kMost <= head_dim; dim += kMost) {
-        const U* const columns = values + dim * kInterleave;
-        multiply_one_row<U, 1, kSums>(probs, &columns, head_dim, kGroup, out + dim, accumulate);
-      }
       for (; dim + kStep <= head_dim; dim += kStep) {
-        multiply<U, kVecs>(item.rows, probs, kScoreStride, values + dim * kInterleave, head_dim,
-                           kGroup, out + dim, head_dim, accumulate);
+        multiply<U, kVecs>(many, probs, kScoreStride, values + dim * kInterleave, head_dim, kGroup,
+                           out + dim, head_dim, accumulate);
       }
       for (; dim < head_dim; dim += Vec::kLanes) {
-        multiply<U, 1>(item.rows, probs, kScoreStride, values + dim * kInterleave, head_dim, kGroup,
+        multiply<U, 1>(many, probs, kScoreStride, values + dim * kInterleave, head_dim, kGroup,
                        out + dim, head_dim, accumulate);
+      }
+      if (many == item.rows) continue;
+      probs += many * kScoreStride;
+      float* const row_out = out + many * head_dim;
+      for (dim = 0; dim + kMost <= head_dim; dim += kMost) {
+        const U* const columns = values + dim * kInterleave;
+        multiply_one_row<U, 1, kSums>(probs, &columns, head_dim, kGroup, row_out + dim, accumulate);
+      }
+      for (; dim < head_dim; dim += Vec::kLanes) {
+        const U* const columns = values + dim * kInterleave;
+        multiply_one_row<U, 1, 1>(probs, &columns, head_dim, kGroup, row_out + dim, accumulate);
       }
     }
   }
