@@ -144,7 +144,8 @@ struct PairPath : Bf16Path {
   template <bool kInt8>
   static void run(const AttentionArgs& a, const AttentionItem& item, Scratch& s,
                   const PartResults& results) {
-    const int64_t block_bytes = 2 * kBlock * a.kv.head_dim * dtype_size(a.kv.dtype);
+    const int64_t size = static_cast<int64_t>(dtype_size(a.kv.dtype));
+    const int64_t block_bytes = 2 * kBlock * a.kv.head_dim * size;
     if (item.rows > kMostRows) {
       run<kInt8, Next::Untouched>(a, item, s, results);
     } else if (2 * block_bytes <= kL1Bytes) {
